@@ -1,0 +1,43 @@
+"""perturbray: benchmarks of perturbation-response models as resumable sweeps on Ray.
+
+The public names are imported when first used, since torch, ray and anndata take seconds.
+"""
+
+import importlib
+
+_PUBLIC = {
+    "perturbray.cli": ["main"],
+    "perturbray.data.ablations": ["ABLATIONS", "AblationSpec", "Imbalance", "PublishedImbalance"],
+    "perturbray.data.batches": ["Batch", "BatchStream", "Cells"],
+    "perturbray.data.dataset": ["Conditions", "DatasetSpec"],
+    "perturbray.data.splits": ["SPLITS", "CovariateTransfer", "Split", "SplitSpec"],
+    "perturbray.data.vocabulary": ["Vocabulary"],
+    "perturbray.engine": ["Plan", "run_sweep"],
+    "perturbray.errors": ["InputError"],
+    "perturbray.metrics.metric": ["METRICS", "Metric", "score_prediction"],
+    "perturbray.models.base": ["MODELS", "GradientModel", "Model", "ModelSpec", "StreamingModel"],
+    "perturbray.models.baselines": ["MeanShift", "NoChange", "PerturbedMean", "PerturbedMeanGlobal"],
+    "perturbray.models.decoder_only": ["DecoderCovariates", "DecoderOnly", "DecoderPerturbations"],
+    "perturbray.models.latent_additive": ["LatentAdditive"],
+    "perturbray.models.linear_additive": ["LinearAdditive"],
+    "perturbray.prediction": ["Prediction", "Pseudobulk"],
+    "perturbray.results.table": ["read"],
+    "perturbray.sweep": ["Sweep", "grid"],
+    "perturbray.training.fit": ["Training"],
+    "perturbray.trial": ["Trial"],
+}
+_WHERE = {name: module for module, names in _PUBLIC.items() for name in names}
+
+__all__ = sorted(_WHERE)
+
+
+def __getattr__(name: str) -> object:
+    if name not in _WHERE:
+        raise AttributeError(f"module 'perturbray' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_WHERE[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,5 @@
+"""`python -m perturbray`."""
+
+from perturbray.cli import command
+
+command()

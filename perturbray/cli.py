@@ -1,0 +1,296 @@
+"""The command line: `main(sweep)` for the scripts in sweeps/, and `perturbray report | list`."""
+
+import argparse
+import inspect
+import os
+import shlex
+import signal
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from perturbray.errors import InputError
+
+if TYPE_CHECKING:
+    from perturbray.data.dataset import DatasetSpec
+    from perturbray.sweep import Sweep
+
+BAD_INPUT = 2  # exit codes
+FAILED = 1
+INTERRUPTED = 130
+
+LISTS = ("models", "metrics", "splits", "ablations")
+
+
+def main(make: "Callable[..., Sweep]", *, flags: Mapping[str, str] | None = None) -> None:
+    """The command line of a script: ``make(dataset, **flags)`` is its sweep, named and explained by its module.
+
+    ``flags`` are switches of the script's own, by name, with their help. Bad input is one line and exit code 2.
+    """
+    module = inspect.getdoc(inspect.getmodule(make)) or ""
+    parser = sweep_parser(make.__name__, module)
+    own = parser.add_argument_group("this sweep")
+    for name, text in (flags or {}).items():
+        own.add_argument(f"--{name.replace('_', '-')}", action="store_true", help=text)
+    arguments = parser.parse_args()
+    _end(_guard(lambda: _run_script(make, arguments, list(flags or {}), module)))
+
+
+def sweep_parser(name: str, description: str) -> argparse.ArgumentParser:
+    """The flags that every script has."""
+    parser = argparse.ArgumentParser(
+        prog=f"sweeps/{name}.py",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="Without --data it runs on a synthetic screen with known effects. Run the same command again after an\n"
+        "interruption, or with other values: what has finished is not run again.",
+    )
+    data = parser.add_argument_group("data")
+    data.add_argument("--data", metavar="FILE.h5ad", help="the screen; CSR, CSC or dense, counts or log-normalised")
+    data.add_argument("--perturbation-key", metavar="K", help="obs column with the perturbation (default: condition)")
+    data.add_argument("--control", metavar="C", help="label of unperturbed cells in that column (default: control)")
+    data.add_argument(
+        "--covariate-keys", metavar="A,B", help="obs columns that make up the context, by comma (default: cell_type)"
+    )
+    data.add_argument("--delimiter", metavar="D", help="joins perturbations to a combination (default: +; none: never)")
+    data.add_argument("--layer", metavar="NAME", help="a layer of the file instead of X")
+    data.add_argument(
+        "--normalize",
+        choices=("auto", "log1p", "none"),
+        help="auto: integers are counts, scaled to the median depth and log1p; non-negative values below 15 are taken as "
+        "log-normalised; log1p and none force it (default: auto)",
+    )
+    run = parser.add_argument_group("running")
+    run.add_argument("--plugin", metavar="FILE.py", action="append", default=[], help="registers models of your own")
+    run.add_argument("--results", metavar="DIR", default="results", help="where results go (default: results)")
+    run.add_argument("--address", metavar="ADDRESS", help="a Ray cluster, e.g. auto (default: this machine alone)")
+    run.add_argument("--smoke", action="store_true", help="a minute's work: few epochs, one seed, two levels")
+    run.add_argument("--dry-run", action="store_true", help="print the plan, done and to run, and stop")
+    change = parser.add_argument_group("changing the sweep")
+    change.add_argument(
+        "--set", metavar="PATH=VALUE", action="append", default=[], help="a field of every trial, e.g. training.epochs=20"
+    )
+    change.add_argument(
+        "--grid", metavar="PATH=V1,V2", action="append", default=[], help="several values, e.g. model.width=64,128"
+    )
+    return parser
+
+
+def command() -> None:
+    """The `perturbray` command."""
+    parser = argparse.ArgumentParser(
+        prog="perturbray", description="Benchmarks of perturbation-response models; sweeps are the scripts in sweeps/."
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    report = commands.add_parser("report", help="print a sweep's leaderboard and write its page again")
+    report.add_argument("folder", metavar="RESULTS/SWEEP")
+    listing = commands.add_parser("list", help="what there is to choose from")
+    listing.add_argument("kind", choices=LISTS)
+    listing.add_argument("--plugin", metavar="FILE.py", action="append", default=[], help="registers models of your own")
+    arguments = parser.parse_args()
+    run = {"report": lambda: _report(arguments), "list": lambda: _list(arguments)}[arguments.command]
+    _end(_guard(run))
+
+
+def _end(code: int) -> None:
+    sys.stdout.flush()
+    sys.exit(code)
+
+
+def _guard(run: Callable[[], int]) -> int:
+    """Run; bad input becomes one line and code 2, Ctrl-C a line that says how to go on."""
+    try:
+        return run()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return BAD_INPUT
+    except KeyboardInterrupt:
+        print("\ninterrupted: finished trials are kept; the same command goes on from there", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:  # the reader of our output went away, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+
+
+def _run_script(make: "Callable[..., Sweep]", arguments: argparse.Namespace, flags: list[str], module: str) -> int:
+    print(f"perturbray: {make.__name__}: {module.strip().splitlines()[0]}", flush=True)
+    changes = [_assignment(text, "--set") for text in arguments.set]
+    axes = {path: values.split(",") for path, values in (_assignment(text, "--grid") for text in arguments.grid)}
+    _check_folder(Path(arguments.results))
+    signal.signal(signal.SIGTERM, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+
+    from perturbray import plugin
+    from perturbray.data.dataset import open_h5ad
+
+    if arguments.data:  # before the imports that take seconds
+        with open_h5ad(arguments.data):
+            pass
+    plugins = tuple(plugin.Plugin.read(path) for path in arguments.plugin)
+    import perturbray.models as _models  # noqa: F401  # the registry's own, before a plugin's
+
+    plugin.install(plugins)
+    dataset = _dataset(arguments)
+    sweep = make(dataset, **{name: getattr(arguments, name) for name in flags})
+    sweep = sweep.override(dict(changes))
+    sweep = sweep.grid(axes)
+    if arguments.smoke:
+        sweep = sweep.smoke()
+    suffix = f"-{Path(arguments.data).stem}" if arguments.data else ""
+    folder = Path(arguments.results) / f"{sweep.name}{suffix}"
+    return _run(sweep, folder, arguments, plugins)
+
+
+def _run(sweep: "Sweep", folder: Path, arguments: argparse.Namespace, plugins: tuple) -> int:
+    from perturbray.display import Terminal, show_results
+    from perturbray.engine import Plan, run_sweep
+
+    plan = Plan.of(sweep, folder)
+    terminal = Terminal()
+    if arguments.dry_run:
+        plan.scan()
+        _print_plan(plan, terminal)
+        return 0
+    failures: ExceptionGroup | None = None
+    words = [sys.executable.rsplit("/", 1)[-1], *sys.argv]
+    try:
+        ran = run_sweep(plan, address=arguments.address, plugins=plugins, command=shlex.join(words), events=terminal)
+        if not ran:
+            from perturbray.results.report import write_report
+
+            terminal.line(f"nothing to run: all {len(plan.trials)} trials are finished in {folder}")
+            write_report(folder)
+    except ExceptionGroup as group:
+        failures = group
+    show_results(folder, terminal.console)
+    if failures is not None:
+        first = failures.exceptions[0]
+        print("\n".join(getattr(first, "__notes__", [])).rstrip(), file=sys.stderr)
+        print(f"error: {failures.message}; the first: {first}", file=sys.stderr)
+        print(f"the reasons of all are in {folder}/*.failed.json and on the page; the same command tries them again", file=sys.stderr)
+        return FAILED
+    return 0
+
+
+def _print_plan(plan, terminal) -> None:
+    from rich.table import Table
+
+    done, failed = plan.finished(), None
+    from perturbray.results.table import failed as failures
+
+    failed = failures(plan.folder) if plan.folder.is_dir() else {}
+    for spec, conditions in plan.conditions.items():
+        terminal.line(
+            f"{spec.name}: {len(conditions.cell_condition):,} cells, {len(conditions.genes):,} genes, "
+            f"{len(conditions.perturbations)} perturbations, {len(conditions.contexts)} contexts; {plan.normalisation(spec).text}"
+        )
+    board = Table(box=None, padding=(0, 2), header_style="bold")
+    for name in ("key", "trial", "state"):
+        board.add_column(name, no_wrap=True)
+    for key, trial in plan.trials.items():
+        state = "done" if key in done else "failed before, to run" if key in failed else "to run"
+        board.add_row(key, trial.name, state, style="dim" if key in done else "")
+    terminal.console.print(board)
+    terminal.line(f"{len(plan.trials)} trials: {len(done)} done, {len(plan.trials) - len(done)} to run, in {plan.folder}")
+
+
+def _dataset(arguments: argparse.Namespace) -> "DatasetSpec":
+    from perturbray.data.dataset import DatasetSpec
+
+    given = {
+        "perturbation": arguments.perturbation_key,
+        "control": arguments.control,
+        "covariates": tuple(c.strip() for c in arguments.covariate_keys.split(",")) if arguments.covariate_keys else None,
+        "layer": arguments.layer,
+        "normalize": arguments.normalize,
+    }
+    given = {name: value for name, value in given.items() if value is not None}
+    if arguments.delimiter is not None:
+        given["delimiter"] = None if arguments.delimiter.lower() == "none" else arguments.delimiter
+    if not arguments.data:
+        return DatasetSpec(path=str(_synthetic()), name="synthetic", **given)
+    return DatasetSpec(path=arguments.data, **given)
+
+
+def _synthetic() -> Path:
+    """The default screen, written once to the cache; to a temporary folder where the cache cannot be written."""
+    import hashlib
+
+    from perturbray import synthetic
+    from perturbray.data.matrix import cache_folder
+
+    screen = synthetic.Screen()
+    # Named by what draws it, so that another version of the simulator never finds this file.
+    name = hashlib.blake2b(repr(screen).encode() + Path(synthetic.__file__).read_bytes(), digest_size=6).hexdigest()
+    folder = cache_folder()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        writable = os.access(folder, os.W_OK)
+    except OSError:
+        writable = False
+    if not writable:
+        folder = Path(tempfile.mkdtemp(prefix="perturbray-"))
+    place = folder / f"synthetic-{name}.h5ad"
+    if not place.exists():
+        print(f"writing the synthetic screen to {place}", flush=True)
+        synthetic.write(place, screen)
+    return place
+
+
+def _assignment(text: str, flag: str) -> tuple[str, str]:
+    path, separator, value = text.partition("=")
+    if not separator or not path.strip():
+        raise InputError(f"{flag} {text}: write it as PATH=VALUE, e.g. training.epochs=20")
+    return path.strip(), value.strip()
+
+
+def _check_folder(folder: Path) -> None:
+    """Raise InputError where results cannot be written, without making anything."""
+    place = folder
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    if not place.is_dir():
+        raise InputError(f"--results {folder}: {place} is a file; name a folder")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise InputError(f"--results {folder}: {place} cannot be written; name another folder")
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from perturbray.display import show_results
+    from perturbray.results.report import write_report
+
+    write_report(arguments.folder)
+    show_results(Path(arguments.folder), Console(highlight=False))
+    return 0
+
+
+def _list(arguments: argparse.Namespace) -> int:
+    from rich.console import Console
+    from rich.table import Table
+
+    from perturbray import plugin
+    from perturbray.data.ablations import ABLATIONS
+    from perturbray.data.splits import SPLITS
+    from perturbray.metrics.metric import METRICS
+    from perturbray.models import MODELS
+
+    plugin.install(tuple(plugin.Plugin.read(path) for path in arguments.plugin))
+    board = Table(box=None, padding=(0, 2), show_header=False)
+    board.add_column(no_wrap=True)
+    board.add_column()
+    for name, thing in {"models": MODELS, "metrics": METRICS, "splits": SPLITS, "ablations": ABLATIONS}[arguments.kind].items():
+        board.add_row(name, _says(thing))
+    Console(highlight=False).print(board)
+    return 0
+
+
+def _says(thing: object) -> str:
+    if not isinstance(thing, type):  # a metric
+        better = "higher" if thing.higher_is_better else "lower"
+        chance = "" if thing.chance is None else f", chance {thing.chance:g}"
+        return f"{better} is better, best {thing.best:g}{chance}"
+    return " ".join((inspect.getdoc(thing) or "").split("\n\n")[0].split())
+

@@ -1,0 +1,231 @@
+"""DatasetSpec says which columns of a screen play which role; Conditions are its distinct (context, perturbation) pairs."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pandas as pd
+
+from perturbray.errors import InputError, nearest
+
+NORMALIZE = ("auto", "log1p", "none")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetSpec:
+    """An h5ad file and the roles of its obs columns. A trial's key ignores ``path`` and holds the content instead."""
+
+    path: str
+    name: str = ""  # shown in tables; the file's stem unless given
+    perturbation: str = "condition"  # obs column with the label of what was done to the cell
+    control: str = "control"  # the label of unperturbed cells
+    covariates: tuple[str, ...] = ("cell_type",)  # obs columns whose values together are the context
+    delimiter: str | None = "+"  # joins single perturbations to a combination; None: labels are never split
+    layer: str | None = None  # a named layer instead of X
+    normalize: str = "auto"  # auto | log1p | none
+
+    def __post_init__(self) -> None:
+        if self.normalize not in NORMALIZE:
+            raise InputError(f"normalize={self.normalize!r}: {nearest(self.normalize, NORMALIZE)}")
+        if not self.covariates:
+            raise InputError("a dataset needs at least one covariate column; a constant column will do")
+        if not self.name:
+            object.__setattr__(self, "name", Path(self.path).stem)
+
+    def conditions(self) -> "Conditions":
+        """Read ``obs`` and ``var``, never ``X``. Raises InputError where a role cannot be filled."""
+        with open_h5ad(self.path) as file:
+            return _conditions(self, file)
+
+    def matrix(self, file: h5py.File) -> h5py.Group | h5py.Dataset:
+        """X or the named layer of an open file."""
+        if self.layer is None:
+            if "X" not in file:
+                raise InputError(f"{self.path}: there is no X; name a layer with --layer, {nearest('', _layers(file))}")
+            return file["X"]
+        if self.layer not in _layers(file):
+            raise InputError(f"{self.path}: no layer {self.layer!r}: {nearest(self.layer, _layers(file))}")
+        return file["layers"][self.layer]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conditions:
+    """The distinct (context, perturbation) pairs of a screen in canonical order, and each cell's code.
+
+    The order (contexts by value, then perturbations by label) does not depend on the order of rows or categories.
+    """
+
+    covariates: tuple[str, ...]
+    contexts: tuple[tuple[str, ...], ...]  # one value a covariate each, sorted
+    context: np.ndarray  # (conditions,) int64, codes into contexts
+    perturbation: np.ndarray  # (conditions,) str; the control label for control conditions
+    control: str
+    singles: tuple[tuple[str, ...], ...]  # (conditions,) the single perturbations of each; () for control
+    cell_condition: np.ndarray  # (cells,) int32
+    cell_names: np.ndarray = field(repr=False)  # (cells,) str
+    genes: tuple[str, ...] = field(repr=False)
+
+    def __len__(self) -> int:
+        return len(self.perturbation)
+
+    @cached_property
+    def is_control(self) -> np.ndarray:
+        """(conditions,) bool."""
+        return np.array([not singles for singles in self.singles], dtype=bool)
+
+    @cached_property
+    def cells(self) -> np.ndarray:
+        """(conditions,) int64, the number of cells of each."""
+        return np.bincount(self.cell_condition, minlength=len(self)).astype(np.int64)
+
+    @cached_property
+    def perturbations(self) -> tuple[str, ...]:
+        """The distinct labels without the control, sorted."""
+        return tuple(sorted(set(self.perturbation[~self.is_control].tolist())))
+
+    def context_name(self, code: int) -> str:
+        """A context for display: its values joined. Never parsed back."""
+        return " / ".join(self.contexts[code])
+
+    def __iter__(self) -> Iterator[tuple[tuple[str, ...], str]]:
+        return ((self.contexts[c], p) for c, p in zip(self.context, self.perturbation.tolist(), strict=True))
+
+
+@contextmanager
+def open_h5ad(path: str) -> Iterator[h5py.File]:
+    """An h5ad file open for reading, or an InputError that says why it cannot be."""
+    place = Path(path)
+    if not place.exists():
+        beside = [p.name for p in place.parent.glob("*.h5ad")] if place.parent.is_dir() else []
+        raise InputError(f"{path}: there is no such file" + (f"; {nearest(place.name, beside)}" if beside else ""))
+    if not place.is_file() or not h5py.is_hdf5(place):
+        raise InputError(f"{path}: this is not an h5ad file (HDF5); write one with AnnData.write_h5ad")
+    with h5py.File(place, "r") as file:
+        if "obs" not in file or "var" not in file:
+            raise InputError(f"{path}: this HDF5 file is not an h5ad: it has no obs and var; it has {', '.join(file)}")
+        yield file
+
+
+def _layers(file: h5py.File) -> list[str]:
+    return list(file["layers"]) if "layers" in file else []
+
+
+def _names(frame: h5py.Group | h5py.Dataset) -> np.ndarray:
+    from anndata.io import read_elem
+
+    if isinstance(frame, h5py.Dataset):  # a table of the oldest h5ad files
+        return np.asarray(read_elem(frame).index.astype(str), dtype=object)
+    return np.asarray(pd.Index(read_elem(frame[frame.attrs["_index"]])).astype(str), dtype=object)
+
+
+def _columns(frame: h5py.Group | h5py.Dataset) -> list[str]:
+    if isinstance(frame, h5py.Dataset):
+        return list(frame.dtype.names)
+    return [str(name) for name in frame.attrs["column-order"]]
+
+
+def _column(spec: DatasetSpec, frame: h5py.Group | h5py.Dataset, column: str) -> pd.Series:
+    """One obs column as strings with missing values kept."""
+    from anndata.io import read_elem
+
+    if column not in _columns(frame):
+        there = ", ".join(_columns(frame))
+        guess = nearest(column, _columns(frame))
+        guess = f"; {guess}" if guess.startswith("did") else ""
+        raise InputError(f"{spec.path}: obs has no column {column!r}; it has {there}{guess}")
+    whole = isinstance(frame, h5py.Dataset) or frame.attrs.get("encoding-version") == "0.1.0"
+    values = read_elem(frame)[column] if whole else read_elem(frame[column])
+    values = pd.Series(values).astype(object)
+    missing = values.isna().to_numpy()
+    if missing.any():
+        first = _names(frame)[np.flatnonzero(missing)[0]]
+        raise InputError(
+            f"{spec.path}: obs[{column!r}] is missing in {missing.sum()} cells (the first is {first}); "
+            "drop them or give them a value"
+        )
+    return values.astype(str)
+
+
+def split_label(label: str, *, control: str, delimiter: str | None) -> tuple[str, ...]:
+    """The single perturbations of a label, sorted, () for control.
+
+    Compared with the control label first, since that label may hold the delimiter (OP3's DMSO does).
+    """
+    if label == control:
+        return ()
+    parts = label.split(delimiter) if delimiter else [label]
+    return tuple(sorted({part.strip() for part in parts} - {control, ""}))
+
+
+def _conditions(spec: DatasetSpec, file: h5py.File) -> Conditions:
+    obs = file["obs"]
+    labels = _column(spec, obs, spec.perturbation)
+    levels = [_column(spec, obs, column) for column in spec.covariates]
+    genes = _names(file["var"])
+    if len(set(genes)) != len(genes):
+        twice = pd.Index(genes)[pd.Index(genes).duplicated()][0]
+        raise InputError(f"{spec.path}: gene {twice!r} occurs twice in var; use AnnData.var_names_make_unique")
+    shape = matrix_shape(spec.matrix(file))
+    if shape != (len(labels), len(genes)):
+        raise InputError(f"{spec.path}: the matrix is {shape}, but obs has {len(labels)} rows and var {len(genes)}")
+    if spec.control not in set(labels):
+        raise InputError(
+            f"{spec.path}: no cell has obs[{spec.perturbation!r}] == {spec.control!r} (the control); "
+            f"{nearest(spec.control, set(labels))}"
+        )
+
+    names = {label: split_label(label, control=spec.control, delimiter=spec.delimiter) for label in set(labels)}
+    joiner = spec.delimiter or "+"
+    canonical = {label: joiner.join(singles) if singles else spec.control for label, singles in names.items()}
+    singles_of = {canonical[label]: singles for label, singles in names.items()}
+    frame = pd.DataFrame({f"c{i}": level.to_numpy() for i, level in enumerate(levels)})
+    frame["label"] = labels.map(canonical).to_numpy()
+    keys = [*frame.columns]
+    found = frame.drop_duplicates().sort_values(keys, kind="stable").reset_index(drop=True)
+    contexts = tuple(sorted({tuple(row) for row in found[keys[:-1]].itertuples(index=False)}))
+    code = {context: i for i, context in enumerate(contexts)}
+    found["code"] = np.arange(len(found), dtype=np.int32)
+    cell_condition = frame.merge(found, on=keys, how="left", sort=False)["code"].to_numpy(np.int32)
+    conditions = Conditions(
+        covariates=spec.covariates,
+        contexts=contexts,
+        context=np.array([code[tuple(row)] for row in found[keys[:-1]].itertuples(index=False)], dtype=np.int64),
+        perturbation=found["label"].to_numpy(dtype=object).astype(str),
+        control=spec.control,
+        singles=tuple(singles_of[label] for label in found["label"]),
+        cell_condition=cell_condition,
+        cell_names=_names(obs),
+        genes=tuple(genes.tolist()),
+    )
+    with_control = set(conditions.context[conditions.is_control].tolist())
+    bare = [conditions.context_name(c) for c in range(len(contexts)) if c not in with_control]
+    if bare:
+        raise InputError(
+            f"{spec.path}: {'/'.join(spec.covariates)} = {', '.join(bare[:10])} has no control cells "
+            f"(obs[{spec.perturbation!r}] == {spec.control!r}); every context needs some: drop it or choose other covariates"
+        )
+    if conditions.is_control.all():
+        raise InputError(f"{spec.path}: every cell of obs[{spec.perturbation!r}] is {spec.control!r}: nothing to predict")
+    return conditions
+
+
+def matrix_shape(matrix: h5py.Group | h5py.Dataset) -> tuple[int, int]:
+    """(cells, genes), from the attributes alone."""
+    shape = matrix.shape if isinstance(matrix, h5py.Dataset) else matrix.attrs.get("shape", matrix.attrs.get("h5sparse_shape"))
+    return int(shape[0]), int(shape[1])
+
+
+def fingerprint(conditions: Conditions, matrix_digest: str) -> str:
+    """The content of a dataset as a trial sees it: matrix, genes, and each cell's name, context and perturbation."""
+    hasher = hashlib.blake2b(matrix_digest.encode(), digest_size=12)
+    table = [conditions.covariates, list(conditions), conditions.control, conditions.singles, conditions.genes]
+    hasher.update(json.dumps(table).encode())
+    hasher.update(conditions.cell_condition.tobytes())
+    hasher.update("\n".join(conditions.cell_names.tolist()).encode())
+    return hasher.hexdigest()

@@ -1,0 +1,223 @@
+"""Rows of a screen's matrix: read from the file in ranges, checked, digested, and what their values look like."""
+
+import hashlib
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import h5py
+import numpy as np
+import platformdirs
+from scipy import sparse
+
+from perturbray.data.dataset import DatasetSpec, matrix_shape, open_h5ad
+from perturbray.errors import InputError
+
+DIGEST_ROWS = 4096  # rows behind one partial digest: read ranges are multiples of it, so that blocks do not change it
+LOG_LIMIT = 15.0  # log1p of 3 million: nothing log-normalised is above
+
+
+@dataclass(frozen=True)
+class RowFacts:
+    """What a range of rows holds, a value a row."""
+
+    total: np.ndarray  # float64, sum over genes
+    minimum: np.ndarray  # float32
+    maximum: np.ndarray  # float32
+    whole: np.ndarray  # bool, every value an integer
+    bad_gene: np.ndarray  # int32, first gene that is NaN or infinite, -1 if none
+
+
+@dataclass(frozen=True)
+class MatrixFacts:
+    """What a whole matrix holds; remembered by path, size and time, so that a dry run need not read X again."""
+
+    digest: str
+    whole: bool
+    minimum: float
+    maximum: float
+    depth: float  # median over cells with any count of the sum over genes
+
+
+@dataclass(frozen=True)
+class Normalisation:
+    """What is done to the values before a model sees them."""
+
+    log1p: bool  # scale each cell to ``depth`` and take log1p
+    depth: float  # counts a cell
+    text: str  # for the user and the results
+
+    def apply(self, values: np.ndarray, row_lengths: np.ndarray, totals: np.ndarray) -> np.ndarray:
+        """Values of CSR rows, (nnz,) float32, with their row lengths and row totals."""
+        if not self.log1p:
+            return values
+        scale = np.divide(self.depth, totals, out=np.zeros_like(totals), where=totals > 0)
+        return np.log1p(values * np.repeat(scale, row_lengths)).astype(np.float32)
+
+
+def read_rows(file: h5py.File, spec: DatasetSpec, start: int, stop: int) -> sparse.csr_matrix:
+    """Rows [start, stop) of the matrix as CSR with float32 values. Indices are checked against the number of genes."""
+    matrix = spec.matrix(file)
+    genes = matrix_shape(matrix)[1]
+    if isinstance(matrix, h5py.Dataset):
+        return sparse.csr_matrix(matrix[start:stop].astype(np.float32))
+    if _encoding(matrix).startswith("csc"):
+        from anndata.io import read_elem  # columns cannot be read by rows: the whole matrix, then its rows
+
+        return sparse.csr_matrix(read_elem(matrix), dtype=np.float32)[start:stop]
+    indptr = matrix["indptr"][start : stop + 1].astype(np.int64)
+    indices = matrix["indices"][indptr[0] : indptr[-1]].astype(np.int32)
+    if len(indices) and (indices.min() < 0 or indices.max() >= genes):
+        raise InputError(f"{spec.path}: rows {start} to {stop} of X name gene number {indices.max()}, but there are {genes}")
+    values = matrix["data"][indptr[0] : indptr[-1]].astype(np.float32)
+    return sparse.csr_matrix((values, indices, indptr - indptr[0]), shape=(stop - start, genes))
+
+
+def row_ranges(spec: DatasetSpec, file: h5py.File, *, rows: int) -> list[tuple[int, int]]:
+    """Ranges of about ``rows`` rows, each a multiple of DIGEST_ROWS; one range for a matrix stored by columns."""
+    matrix = spec.matrix(file)
+    cells = matrix_shape(matrix)[0]
+    if not isinstance(matrix, h5py.Dataset) and _encoding(matrix).startswith("csc"):
+        rows = cells
+    step = max(DIGEST_ROWS, -(-rows // DIGEST_ROWS) * DIGEST_ROWS)
+    return [(start, min(start + step, cells)) for start in range(0, cells, step)]
+
+
+def _encoding(matrix: h5py.Group) -> str:
+    return str(matrix.attrs.get("encoding-type", matrix.attrs.get("h5sparse_format", "csr_matrix")))
+
+
+def row_facts(rows: sparse.csr_matrix) -> RowFacts:
+    """One pass over the stored values; zeros that are not stored count."""
+    n, genes = rows.shape
+    lengths = np.diff(rows.indptr)
+    bad_gene = np.full(n, -1, dtype=np.int32)
+    bad = np.flatnonzero(~np.isfinite(rows.data))
+    if len(bad):
+        row_of = np.searchsorted(rows.indptr, bad, side="right") - 1
+        bad_gene[row_of[::-1]] = rows.indices[bad[::-1]]
+    filled = np.flatnonzero(lengths)
+    minimum, maximum = np.zeros(n, dtype=np.float32), np.zeros(n, dtype=np.float32)
+    whole = np.ones(n, dtype=bool)
+    total = np.asarray(rows.sum(axis=1, dtype=np.float64)).ravel()
+    if len(filled):
+        at = rows.indptr[filled]
+        minimum[filled] = np.minimum.reduceat(rows.data, at)
+        maximum[filled] = np.maximum.reduceat(rows.data, at)
+        whole[filled] = np.logical_and.reduceat(rows.data == np.floor(rows.data), at)
+        sparse_rows = lengths < genes
+        minimum[sparse_rows] = np.minimum(minimum[sparse_rows], 0)
+        maximum[sparse_rows] = np.maximum(maximum[sparse_rows], 0)
+    return RowFacts(total=total, minimum=minimum, maximum=maximum, whole=whole, bad_gene=bad_gene)
+
+
+def digests(rows: sparse.csr_matrix) -> list[str]:
+    """A digest for each DIGEST_ROWS rows."""
+    found = []
+    for start in range(0, rows.shape[0], DIGEST_ROWS):
+        indptr = rows.indptr[start : start + DIGEST_ROWS + 1].astype(np.int64)
+        hasher = hashlib.blake2b(np.diff(indptr).tobytes(), digest_size=16)
+        hasher.update(np.ascontiguousarray(rows.indices[indptr[0] : indptr[-1]], dtype=np.int32).tobytes())
+        hasher.update(np.ascontiguousarray(rows.data[indptr[0] : indptr[-1]], dtype=np.float32).tobytes())
+        found.append(hasher.hexdigest())
+    return found
+
+
+def gather(facts: list[RowFacts], digests: list[str], *, spec: DatasetSpec, cell_names, genes) -> MatrixFacts:
+    """The facts of a matrix from those of its ranges in order. Raises InputError naming a cell and gene that is not finite."""
+    bad = np.concatenate([f.bad_gene for f in facts])
+    if (bad >= 0).any():
+        row = int(np.flatnonzero(bad >= 0)[0])
+        raise InputError(
+            f"{spec.path}: X is NaN or infinite in {(bad >= 0).sum()} cells; the first is cell {cell_names[row]}, "
+            f"gene {genes[bad[row]]}"
+        )
+    total = np.concatenate([f.total for f in facts])
+    return MatrixFacts(
+        digest=hashlib.blake2b("".join(digests).encode(), digest_size=16).hexdigest(),
+        whole=all(bool(f.whole.all()) for f in facts),
+        minimum=float(min(f.minimum.min() for f in facts)),
+        maximum=float(max(f.maximum.max() for f in facts)),
+        depth=float(np.median(total[total > 0])) if (total > 0).any() else 0.0,
+    )
+
+
+def decide(spec: DatasetSpec, facts: MatrixFacts) -> Normalisation:
+    """What ``spec.normalize`` means for a matrix. Raises InputError where it fits none of the known scales."""
+    place = f"{spec.path}: {'X' if spec.layer is None else f'layer {spec.layer}'}"
+    if facts.minimum < 0:
+        raise InputError(
+            f"{place} has negative values (down to {facts.minimum:.4g}); raw counts or log1p of normalised counts are "
+            "needed: name a layer that holds them with --layer"
+        )
+    if facts.maximum == 0:
+        raise InputError(f"{place} is zero everywhere")
+    counts = f"counts; each cell scaled to the median depth of {facts.depth:.6g}, then log1p"
+    if spec.normalize == "none":
+        if facts.whole:
+            raise InputError(f"{place} holds integers (counts), and normalize=none would train on them as they are: use log1p")
+        return Normalisation(log1p=False, depth=0.0, text="used as it is (normalize=none)")
+    if spec.normalize == "log1p":
+        return Normalisation(log1p=True, depth=facts.depth, text=f"taken as {counts} (normalize=log1p)")
+    if facts.whole:
+        return Normalisation(log1p=True, depth=facts.depth, text=f"every value is an integer: taken as {counts}")
+    if facts.maximum < LOG_LIMIT:
+        return Normalisation(
+            log1p=False, depth=0.0, text=f"non-negative and below {LOG_LIMIT:g}: taken as log-normalised, used as it is"
+        )
+    raise InputError(
+        f"{place} is neither counts (values are not all integers) nor log-normalised (the maximum is {facts.maximum:.4g}, "
+        f"not below {LOG_LIMIT:g}); give --normalize log1p or none, or name another layer"
+    )
+
+
+def cache_folder() -> Path:
+    """``$PERTURBRAY_CACHE``, or the user's cache folder."""
+    return Path(os.environ.get("PERTURBRAY_CACHE") or platformdirs.user_cache_dir("perturbray"))
+
+
+def _memory(spec: DatasetSpec) -> tuple[Path, dict]:
+    place = Path(spec.path).resolve()
+    stat = place.stat()
+    identity = {"path": str(place), "layer": spec.layer, "size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "version": 1}
+    name = hashlib.blake2b(f"{place}\n{spec.layer}".encode(), digest_size=12).hexdigest()
+    return cache_folder() / "facts" / f"{name}.json", identity
+
+
+def remembered(spec: DatasetSpec) -> MatrixFacts | None:
+    """The facts of a file that was read before and has not changed since, by size and time."""
+    place, identity = _memory(spec)
+    try:
+        known = json.loads(place.read_text())
+        return MatrixFacts(**known["facts"]) if known["identity"] == identity else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # never read before, or written by another version: reading it again is all that is lost
+
+
+def remember(spec: DatasetSpec, facts: MatrixFacts) -> None:
+    """Keep the facts for the next run. A cache that cannot be written costs that run a read, and nothing else."""
+    place, identity = _memory(spec)
+    temporary = place.with_suffix(f".{os.getpid()}.tmp")
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(json.dumps({"identity": identity, "facts": asdict(facts)}))
+        temporary.replace(place)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+
+
+def scan(spec: DatasetSpec, *, cell_names, genes) -> MatrixFacts:
+    """Read the matrix once in this process, in bounded memory; remembered facts are returned without reading."""
+    known = remembered(spec)
+    if known is not None:
+        return known
+    facts, found = [], []
+    with open_h5ad(spec.path) as file:
+        for start, stop in row_ranges(spec, file, rows=DIGEST_ROWS):
+            rows = read_rows(file, spec, start, stop)
+            facts.append(row_facts(rows))
+            found += digests(rows)
+    whole = gather(facts, found, spec=spec, cell_names=cell_names, genes=genes)
+    remember(spec, whole)
+    return whole

@@ -1,0 +1,481 @@
+"""The engine: runs a sweep on Tune. Finished work is known by key and never repeated; one failure stops nothing else."""
+
+import os
+import pickle
+import platform
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from functools import cached_property, partial
+from importlib.metadata import version
+from pathlib import Path
+
+import cloudpickle
+import numpy as np
+
+from perturbray import plugin, scoring, synthetic
+from perturbray.cluster import Cluster, Placement, connect, place
+from perturbray.data import matrix
+from perturbray.data.dataset import Conditions, DatasetSpec, fingerprint, open_h5ad
+from perturbray.data.splits import TEST, TRAIN, Split
+from perturbray.errors import InputError
+from perturbray.results import table
+from perturbray.sweep import Sweep
+from perturbray.trial import Outcome, Trial, run
+
+ROUNDS = 3  # times that trials lost with their process are started again
+CHECKPOINT_SECONDS = 30.0  # between two checkpoints of a trial
+PACKAGES = ("perturbray", "ray", "torch", "numpy", "anndata")
+
+
+@dataclass(kw_only=True)
+class Plan:
+    """A sweep on its data: every trial by key, and which are finished. Reading obs, var and, if unknown, X once."""
+
+    sweep: Sweep
+    folder: Path
+    conditions: dict[DatasetSpec, Conditions]
+    splits: dict[tuple, Split]
+    facts: dict[DatasetSpec, matrix.MatrixFacts] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, sweep: Sweep, folder: Path) -> "Plan":
+        """Check everything that can be checked before anything is read or written. Raises InputError."""
+        specs = dict.fromkeys(trial.dataset for trial in sweep.trials)
+        conditions = {spec: spec.conditions() for spec in specs}
+        splits: dict[tuple, Split] = {}
+        for trial in sweep.trials:
+            if _task(trial) not in splits:
+                splits[_task(trial)] = split = trial.make_split(conditions[trial.dataset])
+                if not (split.condition == TEST).any():
+                    raise InputError(f"{trial.name}: the split leaves no test condition; hold out more or use more data")
+        plan = cls(sweep=sweep, folder=folder, conditions=conditions, splits=splits)
+        plan.facts = {spec: facts for spec in specs if (facts := matrix.remembered(spec)) is not None}
+        return plan
+
+    @property
+    def known(self) -> bool:
+        """Whether the content of every dataset is known, and with it the keys."""
+        return len(self.facts) == len(self.conditions)
+
+    def scan(self) -> None:
+        """Read X in this process where its content is not known yet."""
+        for spec, conditions in self.conditions.items():
+            self.facts[spec] = matrix.scan(spec, cell_names=conditions.cell_names, genes=conditions.genes)
+
+    @cached_property
+    def trials(self) -> dict[str, Trial]:
+        """Trials by key, in the order of the sweep."""
+        contents = {spec: fingerprint(conditions, self.facts[spec].digest) for spec, conditions in self.conditions.items()}
+        return {trial.key(contents[trial.dataset]): trial for trial in self.sweep.trials}
+
+    def finished(self) -> set[str]:
+        """Keys of this plan that have a result."""
+        return table.finished(self.folder) & set(self.trials) if self.folder.is_dir() else set()
+
+    def remaining(self) -> dict[str, Trial]:
+        """Trials without a result."""
+        done = self.finished()
+        return {key: trial for key, trial in self.trials.items() if key not in done}
+
+    def normalisation(self, spec: DatasetSpec) -> matrix.Normalisation:
+        """What is done to a dataset's values."""
+        return matrix.decide(spec, self.facts[spec])
+
+    def describe(self, *, command: str, state: str) -> dict:
+        """The plan as stored in sweep.json."""
+        spec = self.sweep.trials[0].dataset
+        conditions = self.conditions[spec]
+        perturbed = conditions.cells[~conditions.is_control].sum()
+        return {
+            "name": self.sweep.name,
+            "question": self.sweep.question,
+            "command": command,
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "x": self.sweep.x,
+            "x_label": self.sweep.x_label,
+            "headline": [metric.name for metric in self.sweep.metrics],
+            "metrics": [
+                {
+                    "name": metric.name,
+                    "higher_is_better": metric.higher_is_better,
+                    "best": metric.best,
+                    "chance": metric.chance,
+                }
+                for metric in self.sweep.metrics
+            ],
+            "dataset": {
+                "name": spec.name,
+                "path": spec.path,
+                "cells": len(conditions.cell_condition),
+                "perturbed_cells": int(perturbed),
+                "genes": len(conditions.genes),
+                "contexts": [conditions.context_name(c) for c in range(len(conditions.contexts))],
+                "perturbations": len(conditions.perturbations),
+                "normalisation": self.normalisation(spec).text,
+                "content": self.facts[spec].digest,
+            },
+            "baselines": list(self.sweep.baselines),
+            "notes": list(self.sweep.notes),
+            "versions": versions(),
+            "status": {"state": state},
+            "trials": [
+                {
+                    "key": key,
+                    "name": trial.name,
+                    "columns": {**trial.columns(), "imbalance": self.splits[_task(trial)].record.get("imbalance")},
+                }
+                for key, trial in self.trials.items()
+            ],
+        }
+
+
+def versions() -> dict[str, str]:
+    """Versions of what computes the numbers."""
+    return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
+
+
+def _task(trial: Trial) -> tuple:
+    return trial.dataset, trial.split, trial.ablation, trial.seed
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shared:
+    """What every trial of a sweep is given: once in the object store, whatever the number of trials."""
+
+    folder: Path
+    plugins: tuple[plugin.Plugin, ...]
+    trials: bytes  # pickled {key: Trial}; opened once the plugins that define the specs are installed
+    conditions: dict[DatasetSpec, Conditions]
+    blocks: dict[DatasetSpec, "Blocks"]  # noqa: F821  # imports ray
+    metrics: tuple
+    pool: "Pool | None"  # noqa: F821  # imports ray
+    order: dict[str, int]
+    columns: dict[str, str]
+
+
+class Events:
+    """What the engine tells whoever watches; every method may be left as it is."""
+
+    def line(self, text: str) -> None:
+        """A line for the user."""
+
+    def connected(self, cluster: Cluster, placement: Placement, tune_folder: Path) -> None:
+        """Ray is there, and the trials fit."""
+
+    def planned(self, plan: Plan) -> None:
+        """Keys are known, and the plan is stored."""
+
+    def started(self, key: str) -> None:
+        """A trial began to run."""
+
+    def stopped(self, key: str) -> None:
+        """A trial ended, well or not; its scores may still be under way."""
+
+    @contextmanager
+    def watching(self, plan: Plan) -> Iterator[None]:
+        """Around the running of trials."""
+        yield
+
+
+class TrialError(RuntimeError):
+    """A trial failed; the traceback of where it ran is a note."""
+
+
+def run_sweep(
+    plan: Plan,
+    *,
+    address: str | None = None,
+    plugins: tuple[plugin.Plugin, ...] = (),
+    command: str = "",
+    events: Events | None = None,
+) -> int:
+    """Run what remains of a plan; the number of trials that ran.
+
+    Raises ExceptionGroup of TrialError, after all others are stored, if trials failed. Interrupted, or killed at any
+    time, it goes on where it was when called again.
+    """
+    events = events or Events()
+    table.create(plan.folder)
+    if plan.known and not plan.remaining():
+        _store(plan, command)
+        events.planned(plan)
+        return 0
+    with connect(address) as cluster:
+        from perturbray.data import blocks
+        from perturbray.metrics.pool import Pool
+
+        read = {}
+        for spec, conditions in plan.conditions.items():
+            events.line(f"reading {spec.path}: {len(conditions.cell_condition):,} cells x {len(conditions.genes):,} genes")
+            read[spec], plan.facts[spec] = blocks.read(spec, conditions)
+        _store(plan, command)
+        events.planned(plan)
+        wanted = plan.remaining()
+        if not wanted:
+            return 0
+        for key in wanted:
+            (plan.folder / f"{key}{table.FAILED}").unlink(missing_ok=True)
+        placement = place(cluster.cpus, cluster.gpus, trials=len(wanted))
+        tune_folder = plan.folder / "tune" / datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
+        pool = None
+        if placement.scorers:
+            work = partial(scoring.score, folder=plan.folder.resolve(), metrics=plan.sweep.metrics)
+            from perturbray.cluster import SCORER_CPUS
+
+            pool = Pool.start(work, actors=placement.scorers, cpus=SCORER_CPUS)
+        events.connected(cluster, placement, tune_folder)
+        shared = Shared(
+            folder=plan.folder.resolve(),
+            plugins=plugins,
+            trials=cloudpickle.dumps(plan.trials),
+            conditions=plan.conditions,
+            blocks=read,
+            metrics=plan.sweep.metrics,
+            pool=pool,
+            order={key: i for i, key in enumerate(plan.trials)},
+            columns={f"version.{name}": text for name, text in versions().items()},
+        )
+        with events.watching(plan):
+            try:
+                _run_rounds(plan, shared, placement, tune_folder, events)
+            finally:
+                if pool is not None:
+                    pool.drain()  # what is trained is scored, also after Ctrl-C
+                    pool.stop()
+    _raise_failures(plan, set(wanted))
+    return len(wanted)
+
+
+def _store(plan: Plan, command: str) -> None:
+    table.write_plan(plan.folder, plan.describe(command=command, state="running"))
+    reference = _reference(plan)
+    if reference:
+        table.write_reference(plan.folder, reference)
+    else:
+        (plan.folder / table.REFERENCE).unlink(missing_ok=True)
+
+
+def _run_rounds(plan: Plan, shared: Shared, placement: Placement, tune_folder: Path, events: Events) -> None:
+    """Tune's run, again for the trials that were lost with a process: Tune gives up where its own monitor kills one."""
+    for number in range(ROUNDS):
+        failed = table.failed(plan.folder)
+        keys = [key for key in plan.remaining() if key not in failed]
+        if not keys:
+            return
+        if number:
+            events.line(f"{len(keys)} trials were lost with the process that ran or scored them: running them again")
+        try:
+            _tune(keys, shared, placement, tune_folder.with_name(f"{tune_folder.name}-{number}"), events)
+        except RuntimeError as error:
+            events.line(f"Ray Tune gave up ({error})")
+        if shared.pool is not None:
+            shared.pool.drain()
+    failed = table.failed(plan.folder)
+    for key, trial in plan.remaining().items():
+        if key not in failed:
+            table.write_failure(plan.folder, key, name=trial.name, error=f"its process died {ROUNDS} times")
+
+
+def _tune(keys: list[str], shared: Shared, placement: Placement, tune_folder: Path, events: Events) -> None:
+    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # Ctrl-C reaches us as KeyboardInterrupt
+    from ray import tune
+
+    class Callback(tune.Callback):
+        def __init__(self, events: Events) -> None:
+            self.events = events
+
+        def __getstate__(self) -> dict:
+            return {"events": Events()}  # Tune pickles its callbacks, and a terminal does not pickle
+
+        def on_trial_start(self, iteration, trials, trial, **info) -> None:
+            self.events.started(trial.config["key"])
+
+        def on_trial_complete(self, iteration, trials, trial, **info) -> None:
+            self.events.stopped(trial.config["key"])
+
+        def on_trial_error(self, iteration, trials, trial, **info) -> None:
+            self.events.stopped(trial.config["key"])
+
+    resources = {"cpu": placement.trial_cpus, "gpu": placement.trial_gpus}
+    tuner = tune.Tuner(
+        tune.with_resources(tune.with_parameters(train, shared=shared), resources),
+        param_space={"key": tune.grid_search(keys)},
+        tune_config=tune.TuneConfig(
+            reuse_actors=True,  # a fresh process a trial costs 2 s of imports
+            max_concurrent_trials=placement.at_once,
+            trial_name_creator=lambda trial: trial.config["key"],
+            trial_dirname_creator=lambda trial: trial.config["key"],
+        ),
+        run_config=tune.RunConfig(
+            name=tune_folder.name,
+            storage_path=str(tune_folder.parent.resolve()),
+            failure_config=tune.FailureConfig(max_failures=2),  # of a process: errors of a trial do not reach Tune
+            checkpoint_config=tune.CheckpointConfig(num_to_keep=1),
+            callbacks=[Callback(events)],
+            verbose=0,
+        ),
+    )
+    tuner.fit()
+
+
+def train(config: dict, *, shared: Shared) -> None:
+    """Tune's trainable: one trial, from blocks to a prediction in a scorer's queue. Leaves no state in its process."""
+    from ray import tune
+
+    key, started = config["key"], scoring.now()
+    plugin.install(shared.plugins)
+    trial: Trial = pickle.loads(shared.trials)[key]
+    try:
+        with _one_thread():
+            checkpoints = _Checkpoints(tune)
+            cells = shared.blocks[trial.dataset].cells()
+            conditions = shared.conditions[trial.dataset]
+            outcome = run(trial, cells, conditions, report=checkpoints.report, state=checkpoints.restore())
+        scorable = _scorable(key, trial, outcome, conditions)
+        scorable.columns.update(shared.columns, started=started, trained=scoring.now(), host=socket.gethostname())
+        if shared.pool is None:
+            scoring.score(scorable, folder=shared.folder, metrics=shared.metrics)
+        else:
+            shared.pool.submit(key, scorable, turn=shared.order[key])
+    except Exception as error:
+        # Recorded here and not raised: Tune would run it again, and an error of the trial itself would come again.
+        table.write_failure(shared.folder, key, name=trial.name, error=error)
+        tune.report({"failed": 1})
+        return
+    checkpoints.finish(outcome)
+
+
+class _Checkpoints:
+    """Reports epochs to Tune, with a checkpoint now and then and one of the fitted model at the end."""
+
+    def __init__(self, tune) -> None:
+        self.tune = tune
+        self.last = time.monotonic()
+
+    def restore(self) -> dict | None:
+        """The state to go on from, if this trial's process died before."""
+        from perturbray.training import checkpoint
+
+        stored = self.tune.get_checkpoint()
+        if stored is None:
+            return None
+        with stored.as_directory() as folder:
+            return checkpoint.load(folder)
+
+    def report(self, values: dict[str, float], snapshot: Callable[[], dict]) -> None:
+        if time.monotonic() - self.last < CHECKPOINT_SECONDS:
+            self.tune.report(values)
+            return
+        self._report(values, snapshot())
+        self.last = time.monotonic()
+
+    def finish(self, outcome: Outcome) -> None:
+        values = {"failed": 0, "epochs": outcome.fit.epochs, "best_loss": outcome.fit.best_loss}
+        self._report(values, {"fitted": outcome.model.state_dict()})
+
+    def _report(self, values: dict, state: dict) -> None:
+        import tempfile
+
+        from perturbray.training import checkpoint
+
+        with tempfile.TemporaryDirectory() as folder:
+            checkpoint.save(folder, state)
+            self.tune.report(values, checkpoint=self.tune.Checkpoint.from_directory(folder))
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """One thread a CPU process, so that two trials on two cores do not fight; on a GPU the host's share is small too."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _scorable(key: str, trial: Trial, outcome: Outcome, conditions: Conditions) -> scoring.Scorable:
+    rows = outcome.unseen
+    return scoring.Scorable(
+        key=key,
+        name=trial.name,
+        columns={**trial.columns(), **outcome.columns},
+        prediction=outcome.prediction,
+        condition=outcome.rows,
+        unpredicted=scoring.Unpredicted(
+            condition=rows,
+            context=conditions.context[rows],
+            perturbation=conditions.perturbation[rows],
+            stratum=outcome.split.stratum[rows],
+        ),
+    )
+
+
+def _raise_failures(plan: Plan, wanted: set[str]) -> None:
+    failed = {key: record for key, record in table.failed(plan.folder).items() if key in wanted}
+    if not failed:
+        return
+    errors = []
+    for key, record in failed.items():
+        error = TrialError(f"{record['name']} ({key}): {record['error']}")
+        error.add_note(record["traceback"])
+        errors.append(error)
+    raise ExceptionGroup(f"{len(failed)} of {len(plan.trials)} trials failed", errors)
+
+
+def _reference(plan: Plan) -> dict[str, list] | None:
+    """What is known analytically of a synthetic screen: the error of the mean shift at the lowest level."""
+    trials = [trial for trial in plan.trials.values() if type(trial.model).__name__ == "MeanShift"]
+    if not trials:
+        return None
+    spec = trials[0].dataset
+    with open_h5ad(spec.path) as file:
+        if "uns/truth" not in file or spec.normalize == "none":
+            return None
+    truth, conditions = synthetic.Truth.read(spec.path), plan.conditions[spec]
+    lowest = min(trials, key=lambda t: getattr(t.ablation, "level", 0.0))
+    at_lowest = [t for t in trials if t.ablation == lowest.ablation]
+    rows: dict[str, list] = {name: [] for name in ("reference", "model", "perturbation", "metric", "value")}
+    covariates: dict[str, list] = {f"covariate.{name}": [] for name in conditions.covariates}
+    expected: dict[int, list[float]] = {}
+    for trial in at_lowest:
+        split = plan.splits[_task(trial)]
+        for row, value in _mean_shift_errors(truth, conditions, split).items():
+            expected.setdefault(row, []).append(value)
+    for row, values in sorted(expected.items()):
+        rows["reference"].append("mean_shift (analytic)")
+        rows["model"].append("mean_shift")
+        rows["perturbation"].append(str(conditions.perturbation[row]))
+        rows["metric"].append("rmse/average")
+        rows["value"].append(float(np.mean(values)))
+        for name, level in zip(covariates, conditions.contexts[conditions.context[row]], strict=True):
+            covariates[name].append(level)
+    return {**rows, **covariates} if rows["value"] else None
+
+
+def _mean_shift_errors(truth: "synthetic.Truth", conditions: Conditions, split: Split) -> dict[int, float]:
+    """The expected RMSE of the mean shift for every test condition of the common stratum, by row."""
+    names = [context[0] for context in conditions.contexts]
+    code = conditions.cell_condition
+    cells: dict[tuple[str, str, str], int] = {}
+    for subset, name in ((TRAIN, "train"), (TEST, "test")):
+        for row, n in enumerate(np.bincount(code[split.cell == subset], minlength=len(conditions))):
+            cells[names[conditions.context[row]], str(conditions.perturbation[row]), name] = int(n)
+    errors = {}
+    for row in np.flatnonzero((split.condition == TEST) & ~conditions.is_control & (split.stratum == "common")):
+        label = conditions.perturbation[row]
+        train = (conditions.perturbation == label) & (split.condition == TRAIN)
+        errors[int(row)] = synthetic.expected_mean_shift_error(
+            truth,
+            condition=(names[conditions.context[row]], str(label)),
+            training_contexts=[names[c] for c in conditions.context[train]],
+            cells=cells,
+        )
+    return errors
+

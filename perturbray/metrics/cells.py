@@ -1,0 +1,262 @@
+"""Cells: observed and predicted cells of one evaluation, matched by condition. Conventions and cell metrics start here.
+
+A pass over cells never densifies X whole: means are sparse group sums, all else takes one condition at a time.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy import sparse
+
+from perturbray.errors import InputError, nearest
+from perturbray.prediction import Pseudobulk
+
+ROWS = 32_768  # cells summed at once
+LARGEST = 15.0  # log1p of anything real is smaller
+SHOWN = 20  # conditions listed in an error
+
+Matrix = np.ndarray | sparse.csr_matrix
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cells:
+    """Cells of one side with their groups: conditions are 0 .. K−1, the control of context c is K + c, others −1."""
+
+    X: Matrix  # (cells, genes) log1p of normalised counts, CSR or dense
+    group: np.ndarray  # (cells,) int64
+    groups: int  # K + number of contexts
+    file: str = "cells"
+
+    def count(self) -> np.ndarray:
+        """Cells of each group, (groups,) int64."""
+        return np.bincount(self.group[self.group >= 0], minlength=self.groups)
+
+    def rows(self, group: int) -> np.ndarray:
+        return self._order[self._start[group] : self._start[group + 1]]
+
+    def of(self, group: int, rows: np.ndarray | None = None) -> np.ndarray:
+        """Expression of one group, dense float64 (cells, genes); of its cells numbered ``rows`` where given."""
+        chosen = self.rows(group) if rows is None else self.rows(group)[rows]
+        return dense(self.X[chosen])
+
+    def __post_init__(self) -> None:
+        order = np.argsort(self.group, kind="stable")
+        object.__setattr__(self, "_order", order)
+        object.__setattr__(self, "_start", np.searchsorted(self.group[order], np.arange(self.groups + 1)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """Observed and predicted cells over the same genes, conditions and contexts."""
+
+    genes: tuple[str, ...]
+    perturbation_key: str
+    covariates: tuple[str, ...]
+    contexts: tuple[tuple[str, ...], ...]
+    context: np.ndarray  # (K,) int64, code into contexts
+    perturbation: np.ndarray  # (K,) str
+    observed: Cells
+    predicted: Cells
+    missing: np.ndarray  # (K,) bool: no predicted cells
+    own_control: np.ndarray  # (contexts,) bool: the prediction brings control cells
+
+    def __len__(self) -> int:
+        return len(self.perturbation)
+
+    def control(self, context: int) -> int:
+        """The group number of a context's control cells."""
+        return len(self) + context
+
+    def by_context(self) -> Iterator[tuple[int, np.ndarray]]:
+        """Each context with the conditions in it."""
+        for code in range(len(self.contexts)):
+            rows = np.flatnonzero(self.context == code)
+            if len(rows):
+                yield code, rows
+
+
+def dense(X: Matrix) -> np.ndarray:
+    return np.asarray(X.toarray() if sparse.issparse(X) else X, dtype=np.float64)
+
+
+def group_sums(
+    X: Matrix, group: np.ndarray, groups: int, transform: Callable[[np.ndarray], np.ndarray] | None = None
+) -> np.ndarray:
+    """Sums over the cells of each group, (groups, genes) float64; cells of group −1 are left out.
+
+    ``transform`` acts on the stored values and must keep 0 at 0. Rows are taken in blocks, in float64.
+    """
+    sums = np.zeros((groups, X.shape[1]))
+    for start in range(0, X.shape[0], ROWS):
+        code = group[start : start + ROWS]
+        kept = np.flatnonzero(code >= 0)
+        block = X[start : start + ROWS].astype(np.float64)
+        if transform is not None:
+            if sparse.issparse(block):
+                block.data = transform(block.data)
+            else:
+                block = transform(block)
+        member = sparse.csr_matrix((np.ones(len(kept)), (code[kept], kept)), shape=(groups, len(code)))
+        added = member @ block
+        sums += added.toarray() if sparse.issparse(added) else added
+    return sums
+
+
+def pseudobulk(cells: Cells, *, linear: bool = False) -> Pseudobulk:
+    """Means of all groups; groups without cells are NaN. ``linear`` adds the means of expm1."""
+    count = cells.count()
+    size = np.where(count > 0, count, np.nan)[:, None]
+    mean = group_sums(cells.X, cells.group, cells.groups) / size
+    expm1 = group_sums(cells.X, cells.group, cells.groups, np.expm1) / size if linear else None
+    return Pseudobulk(mean=mean, cells=count, linear=expm1)
+
+
+def moments(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and unbiased two-pass variance over rows; exactly 0 for a column of equal values, NaN for fewer than 2 rows.
+
+    One-pass formulas leave rounding noise where a variance is 0, which gives t statistics of 1e8.
+    """
+    mean = x.mean(axis=0)
+    if len(x) < 2:
+        return mean, np.full(x.shape[1], np.nan)
+    variance = ((x - mean) ** 2).sum(axis=0) / (len(x) - 1)
+    constant = x.max(axis=0) == x.min(axis=0)
+    return np.where(constant, x[0], mean), np.where(constant, 0.0, variance)
+
+
+def canonical(name: str, control: str, delimiter: str = "+") -> str:
+    """One name for a set of perturbations: parts sorted, the control token inside a combination dropped."""
+    parts = sorted({part.strip() for part in str(name).split(delimiter)} - {control, ""})
+    return delimiter.join(parts) if parts else control
+
+
+def compare(
+    observed: Any,
+    predicted: Any,
+    *,
+    perturbation_key: str,
+    control: str,
+    covariate_keys: Sequence[str] = (),
+    failed: str = "error",
+    names: tuple[str, str] = ("observed", "predicted"),
+) -> Comparison:
+    """Match two AnnData-like inputs (``X``, ``obs``, ``var_names``) by gene names and conditions.
+
+    Genes in another order are aligned; another set of genes, a condition without prediction (unless
+    ``failed="worst"``), a context without observed control cells, or expression that is not log1p raise ``InputError``.
+    Predicted conditions that were not observed are left out.
+    """
+    genes, order = _align(observed, predicted, names)
+    matrices = [check(table.X, name) for table, name in zip((observed, predicted), names, strict=True)]
+    if order is not None:
+        matrices[1] = matrices[1][:, order]
+    spelling: dict[str, str] = {}  # canonical name -> as the observed file writes it
+    labels = [
+        _labels(table.obs, perturbation_key, control, covariate_keys, name, spelling)
+        for table, name in zip((observed, predicted), names, strict=True)
+    ]
+    found = sorted(set(labels[0]))
+    conditions = [label for label in found if label[-1] != control]
+    if not conditions:
+        raise InputError(f"{names[0]}: no condition to score; every cell is control ({control!r})")
+    contexts = sorted({label[:-1] for label in conditions})
+    if without := [context for context in contexts if (*context, control) not in set(found)]:
+        raise InputError(f"{names[0]}: no control cells ({control!r}) in {_show(without)}")
+    codes = {label: code for code, label in enumerate([*conditions, *((*context, control) for context in contexts)])}
+    sides = [
+        Cells(
+            X=X, group=np.array([codes.get(label, -1) for label in own], dtype=np.int64), groups=len(codes), file=name
+        )
+        for X, own, name in zip(matrices, labels, names, strict=True)
+    ]
+    count = sides[1].count()
+    missing = count[: len(conditions)] == 0
+    if missing.any() and failed == "error":
+        lost = [label for label, is_lost in zip(conditions, missing, strict=True) if is_lost]
+        raise InputError(f"{names[1]}: no cells of {len(lost)} observed conditions: {_show(lost)}")
+    return Comparison(
+        genes=genes,
+        perturbation_key=perturbation_key,
+        covariates=tuple(covariate_keys),
+        contexts=tuple(contexts),
+        context=np.array([contexts.index(label[:-1]) for label in conditions]),
+        perturbation=np.array([label[-1] for label in conditions], dtype=str),
+        observed=sides[0],
+        predicted=sides[1],
+        missing=missing,
+        own_control=count[len(conditions) :] > 0,
+    )
+
+
+def check(X: Any, file: str) -> Matrix:
+    """X as CSR or dense; an ``InputError`` where it holds NaN, infinity, or anything but log1p of normalised counts."""
+    if sparse.issparse(X):
+        X = X.tocsr()
+        X.sum_duplicates() if not X.has_canonical_format else None
+        values = X.data
+    else:
+        X = np.asarray(X)
+        values = X
+    if X.shape[0] == 0 or X.shape[1] == 0:
+        raise InputError(f"{file}: X is empty ({X.shape[0]} cells x {X.shape[1]} genes)")
+    lowest, highest = (values.min(), values.max()) if values.size else (0.0, 0.0)
+    if not (np.isfinite(lowest) and np.isfinite(highest)):
+        raise InputError(f"{file}: X holds NaN or infinity; it must be log1p of normalised counts")
+    if highest >= LARGEST:
+        raise InputError(f"{file}: X reaches {highest:g}, so it is not log1p of normalised counts; pass --normalize")
+    if looks_like_counts(X):
+        raise InputError(f"{file}: X holds integers only, so it is raw counts, not their log1p; pass --normalize")
+    return X
+
+
+def looks_like_counts(X: Matrix) -> bool:
+    """Whether every value is an integer, as in raw counts."""
+    values = X.data if sparse.issparse(X) else X
+    return values.size > 0 and values.max() > 0 and bool((np.mod(values, 1) == 0).all())
+
+
+def _align(observed: Any, predicted: Any, names: tuple[str, str]) -> tuple[tuple[str, ...], np.ndarray | None]:
+    ours, theirs = (pd.Index(table.var_names).astype(str) for table in (observed, predicted))
+    for index, name in zip((ours, theirs), names, strict=True):
+        if not index.is_unique:
+            twice = list(index[index.duplicated()].unique()[:10])
+            raise InputError(f"{name}: gene names occur twice: {', '.join(twice)}")
+    if ours.equals(theirs):
+        return tuple(ours), None
+    position = theirs.get_indexer(ours)
+    if (position < 0).any() or len(ours) != len(theirs):
+        only = [list(a.difference(b)[:10]) for a, b in ((ours, theirs), (theirs, ours))]
+        raise InputError(
+            f"genes differ: only in {names[0]}: {', '.join(only[0]) or 'none'}; "
+            f"only in {names[1]}: {', '.join(only[1]) or 'none'}"
+        )
+    return tuple(ours), position
+
+
+def _labels(
+    obs: pd.DataFrame,
+    perturbation_key: str,
+    control: str,
+    covariate_keys: Sequence[str],
+    file: str,
+    spelling: dict[str, str],
+) -> list[tuple[str, ...]]:
+    """Covariate values and perturbation of each cell; ``spelling`` learns the names of perturbations not yet in it."""
+    for key in (perturbation_key, *covariate_keys):
+        if key not in obs.columns:
+            raise InputError(f"{file}: obs has no column {key!r}; {nearest(key, obs.columns)}")
+        if obs[key].isna().any():
+            raise InputError(f"{file}: obs[{key!r}] is missing for {int(obs[key].isna().sum())} cells")
+    raw = obs[perturbation_key].astype(str)
+    names = {name: spelling.setdefault(canonical(name, control), name) for name in sorted(raw.unique())}
+    names |= {name: control for name in names if canonical(name, control) == control}
+    columns = [obs[key].astype(str) for key in covariate_keys]
+    return list(zip(*columns, raw.map(names), strict=True))
+
+
+def _show(labels: Sequence[tuple[str, ...]]) -> str:
+    shown = "; ".join(", ".join(label) or "all cells" for label in labels[:SHOWN])
+    return shown + (f" ... ({len(labels)} in all)" if len(labels) > SHOWN else "")

@@ -1,0 +1,302 @@
+"""Distribution: how far two sets of cells are apart. Energy distance and kernel MMD; a new one is a ``Kernel``.
+
+Both are sums of a function of squared distances over pairs of cells, so they share one pass over blocks of
+1,024 x 1,024 pairs in float64; no larger matrix is ever held. Sources: Székely & Rizzo (energy statistics),
+Gretton et al. 2012 (MMD).
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.sparse.linalg import LinearOperator, svds
+
+from perturbray.metrics.cells import Matrix, dense
+from perturbray.randomness import generator
+
+BLOCK = 1024  # cells on a side of a block of pairs
+CLOSE = 1e-5  # of the squared norms: below, a squared distance from a product has lost digits
+BANDWIDTHS = (0.25, 0.5, 1.0, 2.0, 4.0)  # in units of the median distance between observed cells
+CAP = 1000  # cells of a side
+
+
+def squared_distances(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """‖x_i − y_j‖², (n, d) x (m, d) -> (n, m) float64, as norms minus product, and directly where that cancels."""
+    norms = np.einsum("ij,ij->i", x, x)[:, None] + np.einsum("ij,ij->i", y, y)[None]
+    squares = norms - 2 * (x @ y.T)
+    near = np.nonzero(squares < CLOSE * norms)
+    step = max(1, 2**22 // max(1, x.shape[1]))
+    for start in range(0, len(near[0]), step):
+        i, j = near[0][start : start + step], near[1][start : start + step]
+        difference = x[i] - y[j]
+        squares[i, j] = np.einsum("ij,ij->i", difference, difference)
+    return np.maximum(squares, 0, out=squares)
+
+
+@dataclass(frozen=True)
+class Euclidean:
+    """‖x − y‖, the kernel of the energy distance (up to sign)."""
+
+    terms: int = 1
+    diagonal: float = 0.0
+
+    def sums(self, squares: np.ndarray, axis: int | None = None) -> np.ndarray:
+        return np.sqrt(squares).sum(axis=axis)[None]
+
+
+@dataclass(frozen=True)
+class Squared:
+    """‖x − y‖²; its energy distance compares means only."""
+
+    terms: int = 1
+    diagonal: float = 0.0
+
+    def sums(self, squares: np.ndarray, axis: int | None = None) -> np.ndarray:
+        return squares.sum(axis=axis)[None]
+
+
+@dataclass(frozen=True)
+class Gaussian:
+    """exp(−‖x − y‖²/(2σ²)) for several σ, in increasing order."""
+
+    sigmas: tuple[float, ...]
+    diagonal: float = 1.0
+
+    @property
+    def terms(self) -> int:
+        return len(self.sigmas)
+
+    def sums(self, squares: np.ndarray, axis: int | None = None) -> np.ndarray:
+        """One exponential for the widest kernel; one half as wide is its fourth power."""
+        out, kernel, last = [], None, None
+        for sigma in sorted(self.sigmas, reverse=True):
+            if kernel is not None and last == 2 * sigma:
+                np.square(kernel, out=kernel)
+                np.square(kernel, out=kernel)
+            else:
+                kernel = np.exp(squares * (-0.5 / sigma**2))
+            last = sigma
+            out.append(kernel.sum(axis=axis))
+        return np.stack(out[::-1])
+
+
+Kernel = Euclidean | Squared | Gaussian
+
+
+def _blocks(n: int) -> Iterator[slice]:
+    return (slice(start, min(start + BLOCK, n)) for start in range(0, n, BLOCK))
+
+
+def between(x: np.ndarray, y: np.ndarray, kernel: Kernel) -> np.ndarray:
+    """Mean of the kernel over all pairs of rows, (terms,). The sums of blocks are added exactly: no order matters."""
+    centre = x.mean(axis=0)  # a common shift leaves distances alone and makes cancellation small
+    x, y = x - centre, y - centre
+    parts = [kernel.sums(squared_distances(x[i], y[j])) for i in _blocks(len(x)) for j in _blocks(len(y))]
+    return _add(parts) / (len(x) * len(y))
+
+
+def within(x: np.ndarray, kernel: Kernel) -> np.ndarray:
+    """Mean of the kernel over ordered pairs of different rows, (terms,); NaN for fewer than 2 rows."""
+    n = len(x)
+    if n < 2:
+        return np.full(kernel.terms, np.nan)
+    x = x - x.mean(axis=0)
+    parts = []
+    for i in _blocks(n):
+        for j in _blocks(n):
+            if j.start < i.start:
+                continue
+            squares = squared_distances(x[i], x[j])
+            if i == j:
+                np.fill_diagonal(squares, 0)
+                parts.append(kernel.sums(squares) - len(squares) * kernel.diagonal)
+            else:
+                parts.append(2 * kernel.sums(squares))
+    return _add(parts) / (n * (n - 1))
+
+
+def _add(parts: list[np.ndarray]) -> np.ndarray:
+    return np.array([math.fsum(term) for term in np.stack(parts, axis=1)])
+
+
+def _estimate(unbiased: np.ndarray, n: int, kernel: Kernel, estimator: str) -> np.ndarray:
+    """The mean over pairs within a sample: of different cells (``U``), or of all n² (``V``)."""
+    return unbiased if estimator == "U" else (unbiased * (n - 1) + kernel.diagonal) / n
+
+
+def energy(
+    x: np.ndarray,
+    y: np.ndarray,
+    *,
+    estimator: str = "U",
+    scale: str = "full",
+    kernel: Kernel | None = None,
+    within_x: float | None = None,
+    within_y: float | None = None,
+) -> float:
+    """Energy distance 2 E‖x−y‖ − E‖x−x'‖ − E‖y−y'‖ of two sets of cells, (n, d) and (m, d).
+
+    ``estimator="V"`` is never negative but grows by about 1/n; ``"U"`` (default) has no such bias and may be negative.
+    ``scale="half"`` is half of it. ``within_x`` and ``within_y`` are known values of ``within``. Not square-rooted.
+    """
+    kernel = kernel or Euclidean()
+    b = within(x, kernel)[0] if within_x is None else within_x
+    c = within(y, kernel)[0] if within_y is None else within_y
+    b, c = (_single(value, len(cells), estimator) for value, cells in ((b, x), (c, y)))
+    value = 2 * between(x, y, kernel)[0] - b - c
+    return float(value / 2 if scale == "half" else value)
+
+
+def _single(unbiased: float, n: int, estimator: str) -> float:
+    if estimator == "U":
+        return unbiased
+    return 0.0 if n == 1 else unbiased * (n - 1) / n
+
+
+def energy_sq(x: np.ndarray, y: np.ndarray) -> float:
+    """The V statistic with squared distances, 2‖x̄ − ȳ‖²: a comparison of means only."""
+    difference = x.mean(axis=0) - y.mean(axis=0)
+    return float(2 * difference @ difference)
+
+
+def mmd(
+    x: np.ndarray,
+    y: np.ndarray,
+    sigmas: Sequence[float],
+    *,
+    estimator: str = "U",
+    within_x: np.ndarray | None = None,
+    within_y: np.ndarray | None = None,
+) -> np.ndarray:
+    """MMD² with a Gaussian kernel for each σ, (sigmas,); the mean over them is that of the averaged kernel."""
+    kernel = Gaussian(tuple(sigmas))
+    b = within(x, kernel) if within_x is None else within_x
+    c = within(y, kernel) if within_y is None else within_y
+    b, c = (_estimate(value, len(cells), kernel, estimator) for value, cells in ((b, x), (c, y)))
+    return b + c - 2 * between(x, y, kernel)
+
+
+def median_distance(x: np.ndarray, *, most: int = 2000, rng: np.random.Generator | None = None) -> float:
+    """Median distance over distinct pairs of (at most ``most``) rows: the unit of bandwidths. Observed cells only."""
+    if len(x) > most:
+        if rng is None:
+            raise ValueError(f"{len(x)} cells are more than {most}: pass rng to draw some")
+        x = x[np.sort(rng.choice(len(x), most, replace=False))]
+    x = x - x.mean(axis=0)
+    pairs = np.triu_indices(len(x), 1)
+    return float(np.median(np.sqrt(squared_distances(x, x)[pairs])))
+
+
+def energy_matrix(
+    predicted: Sequence[np.ndarray], observed: Sequence[np.ndarray], *, estimator: str = "U", scale: str = "full"
+) -> np.ndarray:
+    """Energy distance of every prediction to every observation, (K, K'); each within term is computed once."""
+    kernel = Euclidean()
+    b, c = (
+        np.array([_single(within(cells, kernel)[0], len(cells), estimator) for cells in side])
+        for side in (observed, predicted)
+    )
+    cross = np.empty((len(predicted), len(observed)))
+    sizes = np.array([len(cells) for cells in observed])
+    centre = np.mean([cells.mean(axis=0) for cells in observed], axis=0)
+    for first, last in _runs(sizes, 8 * BLOCK):
+        together = np.concatenate(observed[first:last]) - centre
+        starts = np.concatenate([[0], np.cumsum(sizes[first:last])[:-1]])
+        for k, cells in enumerate(predicted):
+            columns = [np.sqrt(squared_distances(cells[i] - centre, together)).sum(axis=0) for i in _blocks(len(cells))]
+            sums = np.add.reduceat(np.sum(columns, axis=0), starts)
+            cross[k, first:last] = sums / (len(cells) * sizes[first:last])
+    value = 2 * cross - b[None] - c[:, None]
+    return value / 2 if scale == "half" else value
+
+
+def _runs(sizes: np.ndarray, most: int) -> Iterator[tuple[int, int]]:
+    """Consecutive groups of at most ``most`` cells together (or a single larger one)."""
+    first, total = 0, 0
+    for position, size in enumerate(sizes):
+        if total and total + size > most:
+            yield first, position
+            first, total = position, 0
+        total += size
+    yield first, len(sizes)
+
+
+@dataclass(frozen=True)
+class PCA:
+    """A linear space fitted once on observed cells and shared by every model: coordinates (x − mean)·loadings."""
+
+    mean: np.ndarray  # (genes,)
+    loadings: np.ndarray  # (genes, components)
+
+    def __call__(self, X: Matrix) -> np.ndarray:
+        """(cells, genes) CSR or dense -> (cells, components) float64; sparse cells stay sparse."""
+        product = X.astype(np.float64) @ self.loadings
+        return np.asarray(product) - self.mean @ self.loadings
+
+
+def fit_pca(X: Matrix, components: int = 50) -> PCA:
+    """Principal axes of centred cells, min(components, cells − 1, genes) of them, the largest loading of each positive.
+
+    Up to 2,000 genes by the covariance matrix, beyond by a seeded Lanczos iteration; float64 in both cases.
+    """
+    n, genes = X.shape
+    components = min(components, n - 1, genes)
+    mean = np.asarray(X.mean(axis=0, dtype=np.float64)).ravel()
+    if genes <= 2000 or components >= min(n, genes) - 1:
+        covariance = np.zeros((genes, genes))
+        for start in range(0, n, 4096):
+            block = dense(X[start : start + 4096]) - mean
+            covariance += block.T @ block
+        loadings = np.linalg.eigh(covariance)[1][:, ::-1][:, :components]
+    else:
+        X = X.astype(np.float64)
+        operator = LinearOperator(
+            shape=X.shape,
+            dtype=np.float64,
+            matvec=lambda v: X @ v.ravel() - mean @ v.ravel(),
+            rmatvec=lambda u: X.T @ u.ravel() - mean * u.sum(),
+        )
+        start = generator(0, "pca").normal(size=min(X.shape))
+        loadings = svds(operator, k=components, v0=start)[2][::-1].T
+    sign = np.sign(loadings[np.abs(loadings).argmax(axis=0), np.arange(components)])
+    return PCA(mean=mean, loadings=loadings * np.where(sign == 0, 1, sign))
+
+
+def matched(n: int, m: int, rng: np.random.Generator, *, cap: int = CAP) -> tuple[np.ndarray, np.ndarray]:
+    """Row numbers of as many cells on both sides: min(n, m, cap), drawn without replacement and sorted."""
+    k = min(n, m, cap)
+    return tuple(np.sort(rng.choice(size, k, replace=False)) if size > k else np.arange(size) for size in (n, m))
+
+
+def halvings(n: int, rng: np.random.Generator, *, splits: int = 5) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Disjoint random halves of n cells, ``splits`` times; an odd cell is left out."""
+    for _ in range(splits):
+        order = rng.permutation(n)
+        yield np.sort(order[: n // 2]), np.sort(order[n // 2 : 2 * (n // 2)])
+
+
+def skill(value: float, floor: Sequence[float], ceiling: float) -> float:
+    """(K − v)/(K − F): 1 as near as a replicate, 0 as far as control cells, negative worse.
+
+    ``floor`` holds the metric between halves of the observed cells, ``ceiling`` is that of the control cells. NaN where
+    the two cannot be told apart (K − F within 2 standard errors of F).
+    """
+    floor = np.asarray(floor, dtype=float)
+    error = floor.std(ddof=1) / math.sqrt(len(floor)) if len(floor) > 1 else 0.0
+    span = ceiling - floor.mean()
+    return float((ceiling - value) / span) if span > 2 * error else float("nan")
+
+
+def copied_cells(value: float, within_observed: float, n: int) -> bool:
+    """Whether a U energy distance is so far below 0 that the prediction must hold the observed cells themselves.
+
+    Copies give −2·B/n with the mean distance B within the n observed cells; a replicate gives 0 on average.
+    """
+    return value < -within_observed / n
+
+
+def variance_ratio(predicted: np.ndarray, observed: np.ndarray) -> float:
+    """Σ var(predicted)/Σ var(observed) over genes; below 0.1 a prediction has almost no variance between cells."""
+    total = observed.var(axis=0, ddof=1).sum()
+    return float(predicted.var(axis=0, ddof=1).sum() / total) if total > 0 else float("nan")

@@ -1,0 +1,98 @@
+"""The scorer actors: they live as long as a sweep, and work on finished trials while the next ones train."""
+
+import queue
+import threading
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+
+WAITING = 4  # items that wait in a scorer; a faster trial is held back, so that predictions cannot flood the memory
+
+
+@dataclass(frozen=True)
+class Failed:
+    """An item that could not be worked on."""
+
+    name: str
+    error: Exception
+    text: str  # the traceback, since it does not travel with the exception
+
+
+@ray.remote(max_concurrency=64)
+class Scorer:
+    """Takes items into a bounded queue and works on them one by one in a thread of its own."""
+
+    def __init__(self, work: Callable[[Any], None]) -> None:
+        self._work = work
+        self._items: queue.Queue = queue.Queue(maxsize=WAITING)
+        self._failed: list[Failed] = []
+        threading.Thread(target=self._run, daemon=True).start()
+
+    def submit(self, name: str, item: Any) -> None:
+        """Return once the item is in the queue; by then it no longer depends on the process that sent it."""
+        self._items.put((name, item))
+
+    def drain(self) -> list[Failed]:
+        """Wait until the queue is empty; what failed since the last time."""
+        self._items.join()
+        failed, self._failed = self._failed, []
+        return failed
+
+    def _run(self) -> None:
+        while True:
+            name, item = self._items.get()
+            try:
+                self._work(item)
+            except Exception as error:
+                self._failed.append(Failed(name, _portable(error), traceback.format_exc()))
+            finally:
+                del item
+                self._items.task_done()
+
+
+class Pool:
+    """Scorers by number. Pickles to their handles, so that trials hold it."""
+
+    def __init__(self, actors: Sequence[Any]) -> None:
+        self.actors = tuple(actors)
+
+    @classmethod
+    def start(cls, work: Callable[[Any], None], *, actors: int, cpus: float) -> "Pool":
+        """Start the actors and wait for them: before the trials, or Tune's placement groups would capture them."""
+        options = {"num_cpus": cpus, "runtime_env": {"env_vars": {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}}}
+        pool = cls([Scorer.options(name=f"scorer-{i}", **options).remote(work) for i in range(actors)])
+        ray.get([actor.drain.remote() for actor in pool.actors])
+        return pool
+
+    def submit(self, name: str, item: Any, *, turn: int) -> None:
+        """Hand an item over; waits while the scorer's queue is full."""
+        ray.get(self.actors[turn % len(self.actors)].submit.remote(name, item))
+
+    def drain(self) -> tuple[list[Failed], int]:
+        """Wait for all work; what failed, and how many actors died with what they held."""
+        failed, dead = [], 0
+        for answer in [actor.drain.remote() for actor in self.actors]:
+            try:
+                failed += ray.get(answer)
+            except ray.exceptions.RayActorError:
+                dead += 1
+        return failed, dead
+
+    def stop(self) -> None:
+        """End the actors."""
+        for actor in self.actors:
+            ray.kill(actor)
+
+
+def _portable(error: Exception) -> Exception:
+    """The exception if it pickles, else one with the same text."""
+    import pickle
+
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error

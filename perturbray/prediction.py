@@ -1,0 +1,81 @@
+"""Prediction: what a model hands to a metric. Plain numpy, so that metrics know neither models nor data."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pseudobulk:
+    """Mean profiles of groups of cells."""
+
+    mean: np.ndarray  # (groups, genes) float64, mean of log1p-normalised expression
+    cells: np.ndarray  # (groups,) int64, cells behind each mean
+    linear: np.ndarray | None = None  # (groups, genes) float64, mean of expm1 of it; where known
+    variance: np.ndarray | None = None  # (groups, genes) float64, unbiased variance over cells; where known
+
+    def __post_init__(self) -> None:
+        if self.mean.ndim != 2 or self.cells.shape != self.mean.shape[:1]:
+            raise ValueError(
+                f"a pseudobulk needs (groups, genes) and (groups,), not {self.mean.shape}, {self.cells.shape}"
+            )
+        for name in ("linear", "variance"):
+            part = getattr(self, name)
+            if part is not None and part.shape != self.mean.shape:
+                raise ValueError(f"{name} of a pseudobulk has shape {part.shape}, expected {self.mean.shape}")
+
+    def rows(self, rows: np.ndarray) -> "Pseudobulk":
+        """The groups at these row numbers (or where this mask is true), in this order."""
+        parts = (getattr(self, name) for name in ("mean", "cells", "linear", "variance"))
+        mean, cells, linear, variance = (None if part is None else part[rows] for part in parts)
+        return Pseudobulk(mean=mean, cells=cells, linear=linear, variance=variance)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """Predicted, observed and control pseudobulks of one trial, a row a condition.
+
+    ``context`` holds codes into ``contexts``; ``control`` has a row a context: the observed control cells from which
+    the model predicted. Conditions of different context or different ``stratum`` are never compared with one another.
+    """
+
+    genes: tuple[str, ...]
+    covariates: tuple[str, ...]  # names of the covariates
+    contexts: tuple[tuple[str, ...], ...]  # one value a covariate each
+    context: np.ndarray  # (conditions,) int64
+    perturbation: np.ndarray  # (conditions,) str
+    stratum: np.ndarray  # (conditions,) str
+    predicted: Pseudobulk  # (conditions, genes); cells = predicted cells behind the mean
+    observed: Pseudobulk  # (conditions, genes)
+    control: Pseudobulk  # (contexts, genes)
+    observed_control: Pseudobulk | None = None  # (contexts, genes) subtracted from the truth where not ``control``
+    training_mean: np.ndarray | None = None  # (contexts, genes) unweighted mean over a context's training perturbations
+    weights: np.ndarray | None = None  # (conditions, genes) gene weights >= 0, from observed cells only
+    target_sum: float | None = None  # counts to which each cell was normalised
+
+    def __post_init__(self) -> None:
+        conditions, genes = len(self.perturbation), len(self.genes)
+        for name in ("context", "stratum"):
+            if getattr(self, name).shape != (conditions,):
+                raise ValueError(f"{name} has shape {getattr(self, name).shape}, expected ({conditions},)")
+        for name, rows in (("predicted", conditions), ("observed", conditions), ("control", len(self.contexts))):
+            if getattr(self, name).mean.shape != (rows, genes):
+                raise ValueError(f"{name} has shape {getattr(self, name).mean.shape}, expected ({rows}, {genes})")
+        optional = (("training_mean", len(self.contexts)), ("weights", conditions))
+        for name, rows in optional:
+            part = getattr(self, name)
+            if part is not None and part.shape != (rows, genes):
+                raise ValueError(f"{name} has shape {part.shape}, expected ({rows}, {genes})")
+
+    def __len__(self) -> int:
+        return len(self.perturbation)
+
+    def groups(self) -> Iterator[np.ndarray]:
+        """Row numbers of conditions that may be compared with one another: same context, same stratum."""
+        codes = np.unique(np.stack([self.context.astype(str), self.stratum.astype(str)]), axis=1, return_inverse=True)[
+            1
+        ]
+        codes = np.asarray(codes).reshape(-1)
+        for code in np.unique(codes):
+            yield np.flatnonzero(codes == code)

@@ -1,0 +1,80 @@
+"""Sweep: a name, trials and metrics. ``grid`` makes trials from a base and lists of values."""
+
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from perturbray.errors import InputError, nearest
+from perturbray.metrics.metric import Metric
+from perturbray.trial import Trial
+
+METRICS = tuple(
+    Metric(score=score, effect=effect, rank=rank)
+    for score, effect in (("rmse", "average"), ("cosine", "logfc_logmean"), ("pearson", "delta_ctrl"))
+    for rank in (False, True)
+)
+SMOKE_EPOCHS = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sweep:
+    """Trials that together answer a question."""
+
+    name: str
+    trials: tuple[Trial, ...]
+    metrics: tuple[Metric, ...] = METRICS
+    question: str = ""
+    x: str = ""  # the column that a figure has on its x axis
+    x_label: str = ""
+    notes: tuple[str, ...] = ()  # what a reader must know, printed on the page
+    baselines: tuple[str, ...] = ("no_change", "perturbed_mean", "mean_shift")
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "trials", tuple(self.trials))
+        if not self.trials:
+            raise InputError(f"sweep {self.name!r} has no trials")
+
+    def override(self, changes: Mapping[str, Any]) -> "Sweep":
+        """Change fields of every trial that has them; a path that no trial has is an InputError."""
+        trials = self.trials
+        for path, value in changes.items():
+            _check_path(path, trials)
+            trials = tuple(t.override({path: value}) if path in t.paths() else t for t in trials)
+        return replace(self, trials=_distinct(trials))
+
+    def grid(self, axes: Mapping[str, Sequence[Any]]) -> "Sweep":
+        """Every combination of values for every trial that has the paths."""
+        trials = self.trials
+        for path, values in axes.items():
+            _check_path(path, trials)
+            trials = tuple(
+                c for t in trials for c in ([t.override({path: v}) for v in values] if path in t.paths() else [t])
+            )
+        return replace(self, trials=_distinct(trials))
+
+    def smoke(self) -> "Sweep":
+        """A minute's work: one seed, the lowest and the highest level, a few epochs. Stored under a name of its own."""
+        seed = min(t.seed for t in self.trials)
+        trials = [replace(t, training=replace(t.training, epochs=min(t.training.epochs, SMOKE_EPOCHS))) for t in self.trials]
+        ablations = list(dict.fromkeys(t.ablation for t in trials))
+        kept = {ablations[0], ablations[-1]}
+        trials = [t for t in trials if t.seed == seed and t.ablation in kept]
+        return replace(self, name=f"{self.name}-smoke", trials=tuple(trials))
+
+
+def grid(bases: Trial | Iterable[Trial], axes: Mapping[str, Sequence[Any]]) -> tuple[Trial, ...]:
+    """Every base with every combination of values, e.g. ``grid(base, {"seed": range(5), "model.width": [64, 128]})``."""
+    bases = [bases] if isinstance(bases, Trial) else list(bases)
+    combinations = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
+    return tuple(base.override(changes) for base in bases for changes in combinations)
+
+
+def _check_path(path: str, trials: Sequence[Trial]) -> None:
+    paths = {p for t in trials for p in t.paths()}
+    if path not in paths:
+        raise InputError(f"unknown path {path!r}: {nearest(path, paths)}")
+
+
+def _distinct(trials: Iterable[Trial]) -> tuple[Trial, ...]:
+    return tuple(dict.fromkeys(trials))

@@ -1,0 +1,200 @@
+"""Trial: one model on one split of one dataset with one seed, as data; and what running it is."""
+
+import dataclasses
+import hashlib
+import json
+import math
+import resource
+import time
+import types
+import typing
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from perturbray.data.ablations import ABLATIONS, AblationSpec
+from perturbray.data.batches import BatchStream, Cells
+from perturbray.data.dataset import Conditions, DatasetSpec
+from perturbray.data.splits import SPLITS, TEST, TRAIN, CovariateTransfer, Split, SplitSpec
+from perturbray.data.vocabulary import Vocabulary
+from perturbray.errors import InputError, nearest
+from perturbray.models.base import MODELS, Model, ModelSpec
+from perturbray.prediction import Prediction
+from perturbray.randomness import derive
+from perturbray.training.fit import Fit, Report, Training, fit
+from perturbray.training.predict import predict
+
+WHERE = ("path", "name")  # fields of a dataset that say where it is, not what it is
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """What is trained and judged. ``seed`` seeds training, the pairing with controls, and an ablation's draw."""
+
+    dataset: DatasetSpec
+    model: ModelSpec
+    split: SplitSpec = field(default_factory=CovariateTransfer)
+    ablation: AblationSpec | None = None
+    training: Training = field(default_factory=Training)
+    seed: int = 0
+
+    @property
+    def name(self) -> str:
+        """For people: the model, what was taken away, the seed."""
+        parts = [MODELS.name_of(self.model)]
+        if self.ablation is not None:
+            level = getattr(self.ablation, "level", getattr(self.ablation, "counts", ""))
+            parts.append(f"{ABLATIONS.name_of(self.ablation)} {level}")
+        return ", ".join([*parts, f"seed {self.seed}"])
+
+    def key(self, fingerprint: str) -> str:
+        """A hash of what the trial is: every field, and the dataset's content instead of its place."""
+        table = {"dataset": {name: value for name, value in _fields(self.dataset).items() if name not in WHERE}}
+        table["dataset"]["content"] = fingerprint
+        for part, registry in (("model", MODELS), ("split", SPLITS), ("ablation", ABLATIONS)):
+            spec = getattr(self, part)
+            table[part] = None if spec is None else {"": registry.name_of(spec), **_fields(spec)}
+        table |= {"training": _fields(self.training), "seed": self.seed}
+        text = json.dumps(table, sort_keys=True, default=str)
+        return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+    def columns(self) -> dict[str, str | int | float | bool]:
+        """Every field of the specs as a column of the results."""
+        columns: dict[str, Any] = {
+            "name": self.name,
+            "model": MODELS.name_of(self.model),
+            "dataset": self.dataset.name,
+            "split": SPLITS.name_of(self.split),
+            "ablation": "" if self.ablation is None else ABLATIONS.name_of(self.ablation),
+            "seed": self.seed,
+        }
+        for part in ("dataset", "split", "ablation", "model", "training"):
+            if getattr(self, part) is not None:
+                for name, value in _fields(getattr(self, part)).items():
+                    plain = isinstance(value, str | int | float | bool)
+                    columns[f"{part}.{name}"] = value if plain else json.dumps(value)
+        return columns
+
+    def override(self, changes: dict[str, Any]) -> "Trial":
+        """The trial with fields changed by dotted path, e.g. ``{"model.width": 256, "seed": 3}``.
+
+        Values may be text as typed on a command line. Raises InputError that names the nearest path.
+        """
+        changed = self
+        for path, value in changes.items():
+            part, _, name = path.partition(".")
+            if part not in _fields(changed) or bool(name) == (part == "seed"):
+                raise InputError(f"unknown path {path!r}: {nearest(path, self.paths())}")
+            if part == "seed":
+                changed = replace(changed, seed=convert(value, int, path))
+                continue
+            spec = getattr(changed, part)
+            if spec is None or name not in _fields(spec):
+                raise InputError(f"unknown path {path!r}: {nearest(path, self.paths())}")
+            hint = typing.get_type_hints(type(spec))[name]
+            changed = replace(changed, **{part: replace(spec, **{name: convert(value, hint, path)})})
+        return changed
+
+    def paths(self) -> list[str]:
+        """The dotted paths that ``override`` takes."""
+        parts = ("dataset", "split", "ablation", "model", "training")
+        specs = {part: getattr(self, part) for part in parts if getattr(self, part) is not None}
+        return [f"{part}.{name}" for part, spec in specs.items() for name in _fields(spec)] + ["seed"]
+
+    def make_split(self, conditions: Conditions) -> Split:
+        """The split with the ablation applied."""
+        if self.ablation is None:
+            return self.split.split(conditions)
+        return self.ablation.apply(conditions, self.split, seed=self.seed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What running a trial gives: a prediction to score, and columns about the run."""
+
+    prediction: Prediction
+    rows: np.ndarray  # row numbers in Conditions of what was predicted
+    unseen: np.ndarray  # and of what was not, since training never showed the perturbation
+    split: Split
+    fit: Fit
+    model: Model
+    columns: dict[str, str | int | float]
+
+
+def run(trial: Trial, cells: Cells, conditions: Conditions, *, report: Report | None = None, state: dict | None = None) -> Outcome:
+    """Split, build, fit, predict: in this process, on a GPU if there is one. Knows nothing of Ray.
+
+    The numbers depend on the trial alone: torch's generator is seeded here and given back as it was.
+    """
+    started = time.perf_counter()
+    split = trial.make_split(conditions)
+    vocabulary = Vocabulary.of(conditions, split)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    stream = BatchStream(
+        cells,
+        conditions,
+        split,
+        batch_size=trial.training.batch_size,
+        seed=trial.seed,
+        mode=trial.model.mode,
+        device=device,
+    )
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(derive(trial.seed, "training"))
+        model = trial.model.build(vocabulary).to(device)
+        done = fit(model, stream, trial.training, report=report, state=state)
+        fitted = time.perf_counter()
+        prediction, rows, unseen = predict(model, stream, vocabulary, subset=TEST)
+    if not len(prediction):
+        raise InputError(f"{trial.name}: no test condition is left to predict; the split holds out too little")
+    columns = {
+        "imbalance": split.record.get("imbalance", math.nan),
+        "training_perturbations": json.dumps(split.record.get("training_perturbations", {})),
+        "train_conditions": int(vocabulary.is_train.sum()),
+        "train_cells": len(split.cells(TRAIN, conditions=conditions, controls=False)),
+        "test_conditions": len(prediction) + len(unseen),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "epochs": done.epochs,
+        "best_epoch": done.best_epoch,
+        "val_loss": done.best_loss,
+        "fit_seconds": fitted - started,
+        "predict_seconds": time.perf_counter() - fitted,
+        "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+    }
+    return Outcome(
+        prediction=prediction, rows=rows, unseen=unseen, split=split, fit=done, model=model, columns=columns
+    )
+
+
+def _fields(spec: Any) -> dict[str, Any]:
+    return {f.name: getattr(spec, f.name) for f in dataclasses.fields(spec)}
+
+
+def convert(value: Any, hint: Any, path: str) -> Any:
+    """A value as the type of its field; text is read as a person types it. Raises InputError."""
+    if not isinstance(value, str):
+        return tuple(value) if isinstance(value, list) else value
+    text = value.strip()
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        if type(None) in arguments and text.lower() in ("none", "null", ""):
+            return None
+        return convert(value, next(a for a in arguments if a is not type(None)), path)
+    if origin is tuple:
+        parts = [part for part in text.strip("()[]").replace(";", ",").split(",") if part.strip()]
+        return tuple(convert(part, arguments[0], path) for part in parts)
+    if hint is bool:
+        if text.lower() in ("true", "yes", "1", "on"):
+            return True
+        if text.lower() in ("false", "no", "0", "off"):
+            return False
+        raise InputError(f"{path}={value!r}: true or false")
+    if hint in (int, float):
+        try:
+            return hint(text)
+        except ValueError:
+            raise InputError(f"{path}={value!r}: {'a whole number' if hint is int else 'a number'} is needed") from None
+    return text
