@@ -70,7 +70,11 @@ def sweep_parser(name: str, description: str) -> argparse.ArgumentParser:
     run.add_argument("--dry-run", action="store_true", help="print the plan, done and to run, and stop")
     change = parser.add_argument_group("changing the sweep")
     change.add_argument(
-        "--set", metavar="PATH=VALUE", action="append", default=[], help="a field of every trial, e.g. training.epochs=20"
+        "--set",
+        metavar="PATH=VALUE",
+        action="append",
+        default=[],
+        help="a field of every trial, e.g. training.epochs=20",
     )
     change.add_argument(
         "--grid", metavar="PATH=V1,V2", action="append", default=[], help="several values, e.g. model.width=64,128"
@@ -88,7 +92,9 @@ def command() -> None:
     report.add_argument("folder", metavar="RESULTS/SWEEP")
     listing = commands.add_parser("list", help="what there is to choose from")
     listing.add_argument("kind", choices=LISTS)
-    listing.add_argument("--plugin", metavar="FILE.py", action="append", default=[], help="registers models of your own")
+    listing.add_argument(
+        "--plugin", metavar="FILE.py", action="append", default=[], help="registers models of your own"
+    )
     arguments = parser.parse_args()
     run = {"report": lambda: _report(arguments), "list": lambda: _list(arguments)}[arguments.command]
     _end(_guard(run))
@@ -168,7 +174,10 @@ def _run(sweep: "Sweep", folder: Path, arguments: argparse.Namespace, plugins: t
         first = failures.exceptions[0]
         print("\n".join(getattr(first, "__notes__", [])).rstrip(), file=sys.stderr)
         print(f"error: {failures.message}; the first: {first}", file=sys.stderr)
-        print(f"the reasons of all are in {folder}/*.failed.json and on the page; the same command tries them again", file=sys.stderr)
+        print(
+            f"the reasons of all are in {folder}/*.failed.json and on the page; the same command tries them again",
+            file=sys.stderr,
+        )
         return FAILED
     return 0
 
@@ -183,7 +192,8 @@ def _print_plan(plan, terminal) -> None:
     for spec, conditions in plan.conditions.items():
         terminal.line(
             f"{spec.name}: {len(conditions.cell_condition):,} cells, {len(conditions.genes):,} genes, "
-            f"{len(conditions.perturbations)} perturbations, {len(conditions.contexts)} contexts; {plan.normalisation(spec).text}"
+            f"{len(conditions.perturbations)} perturbations, {len(conditions.contexts)} contexts; "
+            f"{plan.normalisation(spec).text}"
         )
     board = Table(box=None, padding=(0, 2), header_style="bold")
     for name in ("key", "trial", "state"):
@@ -192,7 +202,9 @@ def _print_plan(plan, terminal) -> None:
         state = "done" if key in done else "failed before, to run" if key in failed else "to run"
         board.add_row(key, trial.name, state, style="dim" if key in done else "")
     terminal.console.print(board)
-    terminal.line(f"{len(plan.trials)} trials: {len(done)} done, {len(plan.trials) - len(done)} to run, in {plan.folder}")
+    terminal.line(
+        f"{len(plan.trials)} trials: {len(done)} done, {len(plan.trials) - len(done)} to run, in {plan.folder}"
+    )
 
 
 def _dataset(arguments: argparse.Namespace) -> "DatasetSpec":
@@ -201,7 +213,9 @@ def _dataset(arguments: argparse.Namespace) -> "DatasetSpec":
     given = {
         "perturbation": arguments.perturbation_key,
         "control": arguments.control,
-        "covariates": tuple(c.strip() for c in arguments.covariate_keys.split(",")) if arguments.covariate_keys else None,
+        "covariates": tuple(c.strip() for c in arguments.covariate_keys.split(","))
+        if arguments.covariate_keys
+        else None,
         "layer": arguments.layer,
         "normalize": arguments.normalize,
     }
@@ -281,7 +295,9 @@ def _list(arguments: argparse.Namespace) -> int:
     board = Table(box=None, padding=(0, 2), show_header=False)
     board.add_column(no_wrap=True)
     board.add_column()
-    for name, thing in {"models": MODELS, "metrics": METRICS, "splits": SPLITS, "ablations": ABLATIONS}[arguments.kind].items():
+    for name, thing in {"models": MODELS, "metrics": METRICS, "splits": SPLITS, "ablations": ABLATIONS}[
+        arguments.kind
+    ].items():
         board.add_row(name, _says(thing))
     Console(highlight=False).print(board)
     return 0
@@ -293,4 +309,3 @@ def _says(thing: object) -> str:
         chance = "" if thing.chance is None else f", chance {thing.chance:g}"
         return f"{better} is better, best {thing.best:g}{chance}"
     return " ".join((inspect.getdoc(thing) or "").split("\n\n")[0].split())
-

@@ -165,7 +165,9 @@ class Watcher(threading.Thread):
         bar = ProgressBar(total=len(self.plan.trials), completed=len(self.done) + len(self.failed), width=60)
         parts = [bar, Text(self._counts())]
         now = time.monotonic()
-        names = [f"{self.plan.trials[key].name} ({clock(now - since)})" for key, since in list(self.display.running.items())]
+        names = [
+            f"{self.plan.trials[key].name} ({clock(now - since)})" for key, since in list(self.display.running.items())
+        ]
         parts.append(Text("running: " + "; ".join(names[:4]), style="dim", overflow="ellipsis", no_wrap=True))
         if rows := self._best():
             board = Table(box=None, padding=(0, 2), title=self._board_title(), title_justify="left", title_style="bold")

@@ -51,7 +51,9 @@ class Plan:
             if _task(trial) not in splits:
                 splits[_task(trial)] = split = trial.make_split(conditions[trial.dataset])
                 if not (split.condition == TEST).any():
-                    raise InputError(f"{trial.name}: the split leaves no test condition; hold out more or use more data")
+                    raise InputError(
+                        f"{trial.name}: the split leaves no test condition; hold out more or use more data"
+                    )
         plan = cls(sweep=sweep, folder=folder, conditions=conditions, splits=splits)
         plan.facts = {spec: facts for spec in specs if (facts := matrix.remembered(spec)) is not None}
         return plan
@@ -69,7 +71,9 @@ class Plan:
     @cached_property
     def trials(self) -> dict[str, Trial]:
         """Trials by key, in the order of the sweep."""
-        contents = {spec: fingerprint(conditions, self.facts[spec].digest) for spec, conditions in self.conditions.items()}
+        contents = {
+            spec: fingerprint(conditions, self.facts[spec].digest) for spec, conditions in self.conditions.items()
+        }
         return {trial.key(contents[trial.dataset]): trial for trial in self.sweep.trials}
 
     def finished(self) -> set[str]:
@@ -210,7 +214,9 @@ def run_sweep(
 
         read = {}
         for spec, conditions in plan.conditions.items():
-            events.line(f"reading {spec.path}: {len(conditions.cell_condition):,} cells x {len(conditions.genes):,} genes")
+            events.line(
+                f"reading {spec.path}: {len(conditions.cell_condition):,} cells x {len(conditions.genes):,} genes"
+            )
             read[spec], plan.facts[spec] = blocks.read(spec, conditions)
         _store(plan, command)
         events.planned(plan)
@@ -478,4 +484,3 @@ def _mean_shift_errors(truth: "synthetic.Truth", conditions: Conditions, split: 
             cells=cells,
         )
     return errors
-

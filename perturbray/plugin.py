@@ -45,7 +45,9 @@ class Plugin:
         except Exception as error:
             del sys.modules[self.name]
             line = error.lineno if isinstance(error, SyntaxError) else _line(error, filename)
-            raise InputError(f"--plugin {self.name.removeprefix('perturbray_plugin_')}, line {line}: {error!r}") from error
+            raise InputError(
+                f"--plugin {self.name.removeprefix('perturbray_plugin_')}, line {line}: {error!r}"
+            ) from error
 
 
 def install(plugins: tuple[Plugin, ...] = ()) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -33,6 +34,21 @@ class Pseudobulk:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CellSample:
+    """Cells behind a prediction, for metrics of distributions and of differential expression.
+
+    Matrices are (cells, genes), dense or CSR, log1p of normalised counts. A sample is random and may be capped, with a
+    seed that does not depend on the model, so that all models are compared with the same observed cells.
+    """
+
+    predicted: tuple[Any, ...]  # a matrix a condition
+    observed: tuple[Any, ...]  # a matrix a condition
+    control: tuple[Any, ...]  # a matrix a context: observed control cells
+    pca_mean: np.ndarray | None = None  # (genes,) of a PCA fitted once on training cells
+    pca_loadings: np.ndarray | None = None  # (genes, components)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Prediction:
     """Predicted, observed and control pseudobulks of one trial, a row a condition.
 
@@ -53,6 +69,7 @@ class Prediction:
     training_mean: np.ndarray | None = None  # (contexts, genes) unweighted mean over a context's training perturbations
     weights: np.ndarray | None = None  # (conditions, genes) gene weights >= 0, from observed cells only
     target_sum: float | None = None  # counts to which each cell was normalised
+    cells: CellSample | None = None  # where a metric needs cells
 
     def __post_init__(self) -> None:
         conditions, genes = len(self.perturbation), len(self.genes)
@@ -62,6 +79,11 @@ class Prediction:
         for name, rows in (("predicted", conditions), ("observed", conditions), ("control", len(self.contexts))):
             if getattr(self, name).mean.shape != (rows, genes):
                 raise ValueError(f"{name} has shape {getattr(self, name).mean.shape}, expected ({rows}, {genes})")
+        if self.cells is not None:
+            sizes = {"predicted": conditions, "observed": conditions, "control": len(self.contexts)}
+            for name, rows in sizes.items():
+                if len(getattr(self.cells, name)) != rows:
+                    raise ValueError(f"cells.{name} has {len(getattr(self.cells, name))} matrices, expected {rows}")
         optional = (("training_mean", len(self.contexts)), ("weights", conditions))
         for name, rows in optional:
             part = getattr(self, name)

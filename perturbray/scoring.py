@@ -83,7 +83,10 @@ def _rows(trial: Scorable, metrics: Sequence[Metric]) -> dict[str, np.ndarray]:
             "n_observed": np.zeros(times * len(missing.condition), dtype=np.int64),
             "n_control": np.zeros(times * len(missing.condition), dtype=np.int64),
         }
-        rows = {name: np.concatenate([values.astype(tail[name].dtype.type, copy=False), tail[name]]) for name, values in rows.items()}
+        rows = {
+            name: np.concatenate([values.astype(tail[name].dtype.type, copy=False), tail[name]])
+            for name, values in rows.items()
+        }
         context = np.concatenate([context, np.tile(missing.context, times)])
     for i, covariate in enumerate(prediction.covariates):
         levels = np.array([values[i] for values in prediction.contexts])

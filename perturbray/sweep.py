@@ -56,7 +56,9 @@ class Sweep:
     def smoke(self) -> "Sweep":
         """A minute's work: one seed, the lowest and the highest level, a few epochs. Stored under a name of its own."""
         seed = min(t.seed for t in self.trials)
-        trials = [replace(t, training=replace(t.training, epochs=min(t.training.epochs, SMOKE_EPOCHS))) for t in self.trials]
+        trials = [
+            replace(t, training=replace(t.training, epochs=min(t.training.epochs, SMOKE_EPOCHS))) for t in self.trials
+        ]
         ablations = list(dict.fromkeys(t.ablation for t in trials))
         kept = {ablations[0], ablations[-1]}
         trials = [t for t in trials if t.seed == seed and t.ablation in kept]

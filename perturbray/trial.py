@@ -8,7 +8,6 @@ import resource
 import time
 import types
 import typing
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -124,7 +123,9 @@ class Outcome:
     columns: dict[str, str | int | float]
 
 
-def run(trial: Trial, cells: Cells, conditions: Conditions, *, report: Report | None = None, state: dict | None = None) -> Outcome:
+def run(
+    trial: Trial, cells: Cells, conditions: Conditions, *, report: Report | None = None, state: dict | None = None
+) -> Outcome:
     """Split, build, fit, predict: in this process, on a GPU if there is one. Knows nothing of Ray.
 
     The numbers depend on the trial alone: torch's generator is seeded here and given back as it was.
@@ -164,9 +165,7 @@ def run(trial: Trial, cells: Cells, conditions: Conditions, *, report: Report | 
         "predict_seconds": time.perf_counter() - fitted,
         "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
     }
-    return Outcome(
-        prediction=prediction, rows=rows, unseen=unseen, split=split, fit=done, model=model, columns=columns
-    )
+    return Outcome(prediction=prediction, rows=rows, unseen=unseen, split=split, fit=done, model=model, columns=columns)
 
 
 def _fields(spec: Any) -> dict[str, Any]:

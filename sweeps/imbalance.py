@@ -52,4 +52,6 @@ def imbalance(dataset: pr.DatasetSpec, *, published: bool = False) -> pr.Sweep:
 
 
 if __name__ == "__main__":
-    pr.main(imbalance, flags={"published": "the triples of PerturBench's slides instead; the test set changes with them"})
+    pr.main(
+        imbalance, flags={"published": "the triples of PerturBench's slides instead; the test set changes with them"}
+    )

@@ -94,7 +94,9 @@ class Imbalance(AblationSpec):
         """The geometric counts whose measured imbalance is nearest to a level. Raises InputError if none is near."""
         if contexts < 2:
             raise InputError("imbalance needs at least two contexts; give --covariate-keys a column with two values")
-        ratios = np.unique(np.concatenate([np.linspace(0, 1, 2001), (np.arange(base + 1) + 0.5) / max(base, 1)]).clip(0, 1))
+        ratios = np.unique(
+            np.concatenate([np.linspace(0, 1, 2001), (np.arange(base + 1) + 0.5) / max(base, 1)]).clip(0, 1)
+        )
         options = np.unique(
             [geometric_counts(base, r, contexts=contexts, minimum=min(self.minimum, base)) for r in ratios], axis=0
         )
@@ -157,16 +159,23 @@ class PublishedImbalance(AblationSpec):
     def apply(self, conditions: Conditions, task: SplitSpec, *, seed: int) -> Split:
         order = Imbalance(order=self.order)._order(conditions)
         if len(order) != len(self.counts):
-            raise InputError(f"ablation.counts={self.counts} is for {len(self.counts)} contexts; this screen has {len(order)}")
+            raise InputError(
+                f"ablation.counts={self.counts} is for {len(self.counts)} contexts; this screen has {len(order)}"
+            )
         drop = np.zeros(len(conditions), dtype=bool)
         for context, n in zip(order, self.counts, strict=True):
             rows = np.flatnonzero((conditions.context == context) & ~conditions.is_control)
             if n > len(rows):
                 name = conditions.context_name(context)
-                raise InputError(f"ablation.counts={self.counts}: context {name} has {len(rows)} perturbations, not {n}")
+                raise InputError(
+                    f"ablation.counts={self.counts}: context {name} has {len(rows)} perturbations, not {n}"
+                )
             drop[generator(seed, "published", *conditions.contexts[context]).permutation(rows)[n:]] = True
         split = task.split(_without(conditions, drop))
-        condition, stratum = np.full(len(conditions), UNUSED, dtype=np.int8), np.full(len(conditions), "common", dtype=object)
+        condition, stratum = (
+            np.full(len(conditions), UNUSED, dtype=np.int8),
+            np.full(len(conditions), "common", dtype=object),
+        )
         condition[~drop] = split.condition
         stratum[~drop] = split.stratum
         cell = np.full(len(conditions.cell_condition), UNUSED, dtype=np.int8)
@@ -176,7 +185,9 @@ class PublishedImbalance(AblationSpec):
             "counts": count(conditions, condition, cell),
             "imbalance": imbalance(np.array(self.counts)),
             "training_perturbations": {
-                conditions.context_name(c): int(((condition == TRAIN) & ~conditions.is_control & (conditions.context == c)).sum())
+                conditions.context_name(c): int(
+                    ((condition == TRAIN) & ~conditions.is_control & (conditions.context == c)).sum()
+                )
                 for c in order
             },
         }

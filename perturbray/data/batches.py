@@ -59,7 +59,9 @@ class Cells:
         for b in np.unique(block):
             here = np.flatnonzero(block == b)
             chosen = self.blocks[b][rows[here] - self.starts[b]].astype(np.float64)
-            member = sparse.csr_matrix((np.ones(len(here)), (code[here], np.arange(len(here)))), shape=(groups, len(here)))
+            member = sparse.csr_matrix(
+                (np.ones(len(here)), (code[here], np.arange(len(here)))), shape=(groups, len(here))
+            )
             sums += (member @ chosen).toarray()
         return sums
 
@@ -94,7 +96,9 @@ class BatchStream:
             return perturbed
         return np.union1d(perturbed, self.split.cells(subset, conditions=self.conditions, controls=True))
 
-    def epoch(self, subset: int = TRAIN, *, number: int = 0, shuffle: bool = True, fixed: bool = False) -> Iterator[Batch]:
+    def epoch(
+        self, subset: int = TRAIN, *, number: int = 0, shuffle: bool = True, fixed: bool = False
+    ) -> Iterator[Batch]:
         """Batches of a subset. ``fixed`` pairs every cell with the same control in every epoch (validation)."""
         rows = self.rows(subset)
         if shuffle:

@@ -211,13 +211,19 @@ def _conditions(spec: DatasetSpec, file: h5py.File) -> Conditions:
             f"(obs[{spec.perturbation!r}] == {spec.control!r}); every context needs some: drop it or choose other covariates"
         )
     if conditions.is_control.all():
-        raise InputError(f"{spec.path}: every cell of obs[{spec.perturbation!r}] is {spec.control!r}: nothing to predict")
+        raise InputError(
+            f"{spec.path}: every cell of obs[{spec.perturbation!r}] is {spec.control!r}: nothing to predict"
+        )
     return conditions
 
 
 def matrix_shape(matrix: h5py.Group | h5py.Dataset) -> tuple[int, int]:
     """(cells, genes), from the attributes alone."""
-    shape = matrix.shape if isinstance(matrix, h5py.Dataset) else matrix.attrs.get("shape", matrix.attrs.get("h5sparse_shape"))
+    shape = (
+        matrix.shape
+        if isinstance(matrix, h5py.Dataset)
+        else matrix.attrs.get("shape", matrix.attrs.get("h5sparse_shape"))
+    )
     return int(shape[0]), int(shape[1])
 
 

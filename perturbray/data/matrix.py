@@ -69,7 +69,9 @@ def read_rows(file: h5py.File, spec: DatasetSpec, start: int, stop: int) -> spar
     indptr = matrix["indptr"][start : stop + 1].astype(np.int64)
     indices = matrix["indices"][indptr[0] : indptr[-1]].astype(np.int32)
     if len(indices) and (indices.min() < 0 or indices.max() >= genes):
-        raise InputError(f"{spec.path}: rows {start} to {stop} of X name gene number {indices.max()}, but there are {genes}")
+        raise InputError(
+            f"{spec.path}: rows {start} to {stop} of X name gene number {indices.max()}, but there are {genes}"
+        )
     values = matrix["data"][indptr[0] : indptr[-1]].astype(np.float32)
     return sparse.csr_matrix((values, indices, indptr - indptr[0]), shape=(stop - start, genes))
 
@@ -156,7 +158,9 @@ def decide(spec: DatasetSpec, facts: MatrixFacts) -> Normalisation:
     counts = f"counts; each cell scaled to the median depth of {facts.depth:.6g}, then log1p"
     if spec.normalize == "none":
         if facts.whole:
-            raise InputError(f"{place} holds integers (counts), and normalize=none would train on them as they are: use log1p")
+            raise InputError(
+                f"{place} holds integers (counts), and normalize=none would train on them as they are: use log1p"
+            )
         return Normalisation(log1p=False, depth=0.0, text="used as it is (normalize=none)")
     if spec.normalize == "log1p":
         return Normalisation(log1p=True, depth=facts.depth, text=f"taken as {counts} (normalize=log1p)")
@@ -180,7 +184,13 @@ def cache_folder() -> Path:
 def _memory(spec: DatasetSpec) -> tuple[Path, dict]:
     place = Path(spec.path).resolve()
     stat = place.stat()
-    identity = {"path": str(place), "layer": spec.layer, "size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "version": 1}
+    identity = {
+        "path": str(place),
+        "layer": spec.layer,
+        "size": stat.st_size,
+        "mtime_ns": stat.st_mtime_ns,
+        "version": 1,
+    }
     name = hashlib.blake2b(f"{place}\n{spec.layer}".encode(), digest_size=12).hexdigest()
     return cache_folder() / "facts" / f"{name}.json", identity
 

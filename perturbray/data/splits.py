@@ -83,7 +83,9 @@ class CovariateTransfer(SplitSpec):
         _, code = np.unique(conditions.perturbation, return_inverse=True)
         share = np.bincount(contexts[perturbed], minlength=len(conditions.contexts))
         target = np.round(self.fraction * share).astype(int)
-        limit = np.minimum(self.max_contexts, np.bincount(code[perturbed], minlength=code.max() + 1) - self.min_train_contexts)
+        limit = np.minimum(
+            self.max_contexts, np.bincount(code[perturbed], minlength=code.max() + 1) - self.min_train_contexts
+        )
         held = np.zeros(len(conditions), dtype=bool)
         times, filled = np.zeros_like(limit), np.zeros_like(target)
         while True:

@@ -96,7 +96,7 @@ def evaluate(
     hold the convention's version and notes. ``options`` are those of the convention; ``names`` stand in errors.
     """
     # importing them registers them
-    from perturbray.metrics import own, upstream  # noqa: F401
+    from perturbray.metrics import standard, upstream  # noqa: F401
 
     rule = CONVENTIONS[convention]
     comparison = compare(

@@ -5,6 +5,7 @@ Scores are registered in ``scores``, effects in ``effects``, tie rules in ``rank
 
 from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 
@@ -64,10 +65,14 @@ class Metric:
         return f"{self.score}/{self.effect}{form}" + (f"[{','.join(options)}]" if options else "")
 
     @classmethod
-    def parse(cls, name: str) -> "Metric":
-        """The metric of a name; the inverse of ``name``."""
+    def parse(cls, name: str) -> "Metric | Any":
+        """The metric of a name, cell metrics (``energy/pca``) included; the inverse of ``name``."""
+        from perturbray.metrics.cell_metrics import AGREEMENTS, STATISTICS, parse_cell_metric  # builds on this module
+
         body, _, bracket = name.partition("[")
         parts = body.split("/")
+        if parts[0] in STATISTICS or parts[0] in AGREEMENTS:
+            return parse_cell_metric(name)
         if not 2 <= len(parts) <= 3 or (bracket and not bracket.endswith("]")):
             raise InputError(f"no metric is named {name!r}: {nearest(name, METRICS)}")
         forms = {"rank": {"rank": True}, "rank_pred": {"rank": True, "direction": "pred"}}
@@ -106,16 +111,20 @@ class Metric:
             return 0.5
         return SCORES[self.score].chance if EFFECTS[self.effect].centred else None
 
-    def evaluate(self, prediction: Prediction) -> tuple[np.ndarray, np.ndarray]:
+    def evaluate(self, prediction: Prediction, memo: dict | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Values (conditions,) float64 and why they are special (conditions,) str, ``""`` for most.
 
         NaN only where the truth leaves the metric undefined; a predicted row with NaN or infinity is
-        ``failed_prediction`` and gets the worst value, without a change to the others.
+        ``failed_prediction`` and gets the worst value, without a change to the others. ``memo`` keeps what several
+        metrics of the same prediction share: effects and distances.
         """
         failed = ~np.isfinite(prediction.predicted.mean).all(axis=1)
         if failed.any():  # placeholders: their values are replaced below
             prediction = replace(prediction, predicted=_without(prediction.predicted, failed))
-        predicted, observed = EFFECTS[self.effect].pair(prediction)
+        memo = {} if memo is None else memo
+        if ("effect", self.effect) not in memo:
+            memo["effect", self.effect] = EFFECTS[self.effect].pair(prediction)
+        predicted, observed = memo["effect", self.effect]
         values, status = np.full(len(prediction), np.nan), np.full(len(prediction), "", dtype="U24")
         for rows in prediction.groups():
             context = prediction.contexts[prediction.context[rows[0]]]
@@ -123,7 +132,7 @@ class Metric:
             sides = predicted[np.ix_(rows, kept)], observed[np.ix_(rows, kept)]
             if self.rank:
                 values[rows], status[rows] = self._rank(
-                    *sides, failed[rows], prediction.perturbation[rows].astype(str), context
+                    *sides, failed[rows], prediction.perturbation[rows].astype(str), context, memo
                 )
             else:
                 weights = self._weights(prediction, rows, kept)
@@ -133,13 +142,15 @@ class Metric:
         values[failed & ~undefined], status[failed & ~undefined] = self.worst, FAILED
         return values, status
 
-    def _rank(self, predicted, observed, failed, names, context) -> tuple[np.ndarray, np.ndarray]:
+    def _rank(self, predicted, observed, failed, names, context, memo) -> tuple[np.ndarray, np.ndarray]:
         if len(predicted) < 2:
             return np.full(len(predicted), np.nan), np.full(len(predicted), "single_candidate")
         if predicted.shape[1] == 0:
             return np.full(len(predicted), np.nan), np.full(len(predicted), "no_genes")
-        score = SCORES[self.score]
-        distance = score.distance(predicted[:, None], observed[None])
+        key = ("distance", self.score, self.effect, self.exclude, self.genes, context, *names)  # of both directions
+        if key not in memo:
+            memo[key] = SCORES[self.score].distance(predicted[:, None], observed[None])
+        distance = memo[key].copy()
         if self.direction == "obs":
             distance[failed] = np.where(
                 np.isnan(distance[failed]), np.nan, np.inf
@@ -183,8 +194,8 @@ def _without(bulk: Pseudobulk, failed: np.ndarray) -> Pseudobulk:
 
 def score_prediction(prediction: Prediction, metrics: Iterable[Metric]) -> dict[str, np.ndarray]:
     """A long table as columns of equal length: ``condition`` (row number), ``metric``, ``value``, ``status``."""
-    metrics = list(metrics)
-    evaluated = [metric.evaluate(prediction) for metric in metrics]
+    metrics, memo = list(metrics), {}
+    evaluated = [metric.evaluate(prediction, memo) for metric in metrics]
     rows = np.arange(len(prediction))
     return {
         "condition": np.tile(rows, len(metrics)),

@@ -10,7 +10,11 @@ class MLP(nn.Sequential):
     def __init__(self, inputs: int, out: int, *, width: int, layers: int, dropout: float = 0.0) -> None:
         parts: list[nn.Module] = []
         for i in range(layers):
-            parts += [nn.Linear(width if i else inputs, width), nn.LayerNorm(width, elementwise_affine=False), nn.ReLU()]
+            parts += [
+                nn.Linear(width if i else inputs, width),
+                nn.LayerNorm(width, elementwise_affine=False),
+                nn.ReLU(),
+            ]
             if dropout:
                 parts.append(nn.Dropout(dropout))
         super().__init__(*parts, nn.Linear(width if layers else inputs, out))

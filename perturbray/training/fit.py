@@ -50,7 +50,9 @@ class DivergedError(RuntimeError):
     """The loss became NaN or infinite: the trial ends, and nothing of it reaches a table."""
 
 
-def fit(model: Model, stream: BatchStream, training: Training, *, report: Report | None = None, state: dict | None = None) -> Fit:
+def fit(
+    model: Model, stream: BatchStream, training: Training, *, report: Report | None = None, state: dict | None = None
+) -> Fit:
     """Fit in place; with ``state`` go on from there. Draws from torch's generator, which the caller seeds."""
     if isinstance(model, StreamingModel):
         with torch.no_grad():
@@ -63,7 +65,9 @@ def fit(model: Model, stream: BatchStream, training: Training, *, report: Report
     return Fit()
 
 
-def _descend(model: GradientModel, stream: BatchStream, training: Training, report: Report | None, state: dict | None) -> Fit:
+def _descend(
+    model: GradientModel, stream: BatchStream, training: Training, report: Report | None, state: dict | None
+) -> Fit:
     optimiser = torch.optim.Adam(model.parameters(), lr=training.lr, weight_decay=training.weight_decay)
     schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(
         optimiser, factor=training.plateau_factor, patience=training.plateau_patience
@@ -103,7 +107,12 @@ def _descend(model: GradientModel, stream: BatchStream, training: Training, repo
         if loss < progress["best_loss"]:
             progress["best_loss"], progress["best_epoch"] = loss, number + 1
             best = copy.deepcopy(model.state_dict())
-        values = {"epoch": number + 1, "train_loss": train_loss, "val_loss": loss, "lr": optimiser.param_groups[0]["lr"]}
+        values = {
+            "epoch": number + 1,
+            "train_loss": train_loss,
+            "val_loss": loss,
+            "lr": optimiser.param_groups[0]["lr"],
+        }
         progress["history"].append(values)
         if report is not None:
             report(values, snapshot)
@@ -116,7 +125,9 @@ def _descend(model: GradientModel, stream: BatchStream, training: Training, repo
     )
 
 
-def _train(model: GradientModel, stream: BatchStream, optimiser: torch.optim.Optimizer, training: Training, number: int) -> float:
+def _train(
+    model: GradientModel, stream: BatchStream, optimiser: torch.optim.Optimizer, training: Training, number: int
+) -> float:
     """One epoch; the mean loss over cells."""
     model.train()
     total, cells = torch.zeros((), dtype=torch.float64, device=stream.device), 0

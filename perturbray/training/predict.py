@@ -13,7 +13,9 @@ from perturbray.prediction import Prediction, Pseudobulk
 
 
 @torch.no_grad()
-def predict(model: Model, stream: BatchStream, vocabulary: Vocabulary, *, subset: int = TEST) -> tuple[Prediction, np.ndarray, np.ndarray]:
+def predict(
+    model: Model, stream: BatchStream, vocabulary: Vocabulary, *, subset: int = TEST
+) -> tuple[Prediction, np.ndarray, np.ndarray]:
     """Predict every condition of a subset; beside it the row numbers in ``Conditions`` of its rows, and of the conditions
     that are left out, since training never showed their perturbation.
 

@@ -1,0 +1,178 @@
+"""Standard: the convention ``perturbray``, every registered metric on two sets of cells.
+
+Means, ranks, distributions and differential expression are the metrics of ``METRICS`` and ``CELL_METRICS``, so an
+evaluated file and a trial of a sweep are scored by the same code.
+"""
+
+import hashlib
+from typing import Any
+
+import numpy as np
+from scipy import sparse
+
+from perturbray.errors import InputError
+from perturbray.metrics.cell_metrics import CELL_METRICS, COMPONENTS
+from perturbray.metrics.cells import Cells, Comparison, Matrix, dense, group_sums, pseudobulk
+from perturbray.metrics.conventions import Results, convention
+from perturbray.metrics.distribution import fit_pca
+from perturbray.metrics.metric import METRICS, Metric, score_prediction
+from perturbray.metrics.ranks import chance_error
+from perturbray.prediction import CellSample, Prediction
+from perturbray.randomness import generator
+
+CELLS = 1000  # of a condition and side
+
+
+@convention("perturbray")
+def perturbray(
+    comparison: Comparison,
+    results: Results,
+    *,
+    failed: str = "error",
+    controls: str = "auto",
+    training: Any = None,
+    control: str | None = None,
+    target_sum: float | None = None,
+    cells: bool = True,
+) -> None:
+    """Every metric of ``METRICS``, and with ``cells`` those of ``CELL_METRICS``.
+
+    ``controls``: which control cells the prediction's effects subtract, ``reference`` (the observed ones), ``own``, or
+    ``auto``: own where the prediction brings control cells that are none of the observed ones. ``training`` is
+    AnnData-like with the training cells: it gives the centre of ``delta_mean`` and the PCA. ``failed="worst"`` scores a
+    condition without prediction as failed.
+    """
+    if failed not in ("error", "worst"):
+        raise InputError(f"failed is 'error' or 'worst', not {failed!r}")
+    own = _own_controls(comparison, controls)
+    mean, space = _training(comparison, training, control)
+    prediction = prediction_of(comparison, own=own, target_sum=target_sum, training_mean=mean, cells=cells, space=space)
+    metrics = [*METRICS.values(), Metric("cosine", "logfc"), *(CELL_METRICS.values() if cells else ())]
+    scored = score_prediction(prediction, metrics)
+    for metric in metrics:
+        chosen = scored["metric"] == metric.name
+        results.add(metric.name, scored["condition"][chosen], scored["value"][chosen], scored["status"][chosen])
+    count, n0 = comparison.observed.count(), prediction.control.cells[comparison.context]
+    n = count[: len(comparison)]
+    results.notes |= {
+        "controls": "own" if own else "reference",
+        "target_sum": prediction.target_sum,
+        "shared_control_cosine": 0.0 if own else float(np.mean(n / (n + n0))),
+        "clamped_genes": int((prediction.predicted.mean < 0).sum()),
+        "rank_error": {
+            context: chance_error(int((comparison.context == i).sum())) for i, context in enumerate(comparison.contexts)
+        },
+        "pca_fitted_on": "training cells" if space is not None else "observed cells",
+    }
+
+
+def prediction_of(
+    comparison: Comparison,
+    *,
+    own: bool = False,
+    target_sum: float | None = None,
+    training_mean: np.ndarray | None = None,
+    cells: bool = True,
+    space: Any = None,
+) -> Prediction:
+    """The prediction behind two sets of cells. A condition without predicted cells is NaN, hence failed."""
+    conditions, contexts = len(comparison), len(comparison.contexts)
+    observed, predicted = (pseudobulk(side, linear=True) for side in (comparison.observed, comparison.predicted))
+    inside, controls = np.arange(conditions), conditions + np.arange(contexts)
+    control = observed.rows(controls)
+    sample = None
+    if cells:
+        parts = {"pca_mean": space.mean, "pca_loadings": space.loadings} if space is not None else {}
+        sides = {"observed": comparison.observed, "predicted": comparison.predicted}
+        drawn = {name: tuple(_draw(side, row, comparison) for row in inside) for name, side in sides.items()}
+        sample = CellSample(
+            control=tuple(_draw(comparison.observed, row, comparison) for row in controls), **drawn, **parts
+        )
+    return Prediction(
+        genes=comparison.genes,
+        covariates=comparison.covariates,
+        contexts=comparison.contexts,
+        context=comparison.context,
+        perturbation=comparison.perturbation,
+        stratum=np.full(conditions, ""),
+        predicted=predicted.rows(inside),
+        observed=observed.rows(inside),
+        control=predicted.rows(controls) if own else control,
+        observed_control=control if own else None,
+        training_mean=training_mean,
+        target_sum=target_sum or _target_sum(comparison.observed, controls),
+        cells=sample,
+    )
+
+
+def _draw(side: Cells, group: int, comparison: Comparison) -> Matrix:
+    """At most 1,000 cells of a group, the same for every model."""
+    rows = side.rows(group)
+    if len(rows) > CELLS:
+        context = comparison.context[group] if group < len(comparison) else group - len(comparison)
+        name = comparison.perturbation[group] if group < len(comparison) else ""
+        rng = generator(0, "cells", *comparison.contexts[context], str(name))
+        rows = rows[np.sort(rng.choice(len(rows), CELLS, replace=False))]
+    return side.X[rows]
+
+
+def _target_sum(cells: Cells, controls: np.ndarray) -> float:
+    """Counts to which cells were normalised: the median over control cells of Σ expm1(X)."""
+    sums = [np.expm1(dense(cells.X[chunk])).sum(axis=1) for group in controls for chunk in _chunks(cells.rows(group))]
+    return float(np.median(np.concatenate(sums)))
+
+
+def _chunks(rows: np.ndarray) -> list[np.ndarray]:
+    return np.array_split(rows, max(1, -(-len(rows) // 4096)))
+
+
+def _own_controls(comparison: Comparison, controls: str) -> bool:
+    if controls not in ("auto", "own", "reference"):
+        raise InputError(f"controls is 'auto', 'own' or 'reference', not {controls!r}")
+    if controls == "own" and not comparison.own_control.all():
+        raise InputError(f"{comparison.predicted.file}: controls='own' needs control cells in every context")
+    if controls != "auto":
+        return controls == "own"
+    groups = [comparison.control(code) for code in range(len(comparison.contexts))]
+    return bool(comparison.own_control.all()) and not any(
+        _prints(comparison.observed, group) & _prints(comparison.predicted, group) for group in groups
+    )
+
+
+def _prints(cells: Cells, group: int) -> set[bytes]:
+    """A fingerprint of each cell's expression, the same for CSR and dense."""
+    return {
+        hashlib.blake2b(row.astype(np.float32).tobytes(), digest_size=16).digest()
+        for chunk in _chunks(cells.rows(group))
+        for row in dense(cells.X[chunk])
+    }
+
+
+def _training(comparison: Comparison, training: Any, control: str | None) -> tuple[np.ndarray | None, Any]:
+    """Unweighted means over the training perturbations of each context, and the PCA of the training cells.
+
+    A context without training perturbations takes the mean over all contexts.
+    """
+    if training is None:
+        return None, None
+    genes = [str(gene) for gene in training.var_names]
+    if sorted(genes) != sorted(comparison.genes):
+        raise InputError("training cells: genes differ from the observed ones")
+    position = {gene: index for index, gene in enumerate(genes)}
+    X = training.X.tocsr() if sparse.issparse(training.X) else np.asarray(training.X)
+    if tuple(genes) != comparison.genes:
+        X = X[:, [position[gene] for gene in comparison.genes]]
+    keys = [*comparison.covariates, comparison.perturbation_key]
+    if lost := [key for key in keys if key not in training.obs]:
+        raise InputError(f"training cells: obs has no column {lost[0]!r}")
+    labels = list(training.obs[keys].astype(str).itertuples(index=False, name=None))
+    conditions = sorted(set(labels))
+    code = {label: index for index, label in enumerate(conditions)}
+    group = np.array([code[label] for label in labels])
+    means = group_sums(X, group, len(conditions)) / np.bincount(group)[:, None]
+    centre = np.full((len(comparison.contexts), len(genes)), np.nan)
+    perturbed = np.array([label[-1] != control for label in conditions])
+    for index, context in enumerate(comparison.contexts):
+        rows = perturbed & np.array([label[:-1] == context for label in conditions])
+        centre[index] = means[rows if rows.any() else perturbed].mean(axis=0)
+    return centre, fit_pca(X, COMPONENTS)
