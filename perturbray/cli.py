@@ -7,7 +7,7 @@ import shlex
 import signal
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,18 +24,25 @@ INTERRUPTED = 130
 LISTS = ("models", "metrics", "splits", "ablations")
 
 
-def main(make: "Callable[..., Sweep]", *, flags: Mapping[str, str] | None = None) -> None:
-    """The command line of a script: ``make(dataset, **flags)`` is its sweep, named and explained by its module.
+def main(make: "Callable[..., Sweep]", *, models: Sequence[str] = (), flags: Mapping[str, str] | None = None) -> None:
+    """The command line of a script: ``make(dataset, models, **flags)`` is its sweep, explained by its module.
 
+    ``models`` are the names that it compares unless --model says otherwise; models of a plugin come beside them.
     ``flags`` are switches of the script's own, by name, with their help. Bad input is one line and exit code 2.
     """
     module = inspect.getdoc(inspect.getmodule(make)) or ""
     parser = sweep_parser(make.__name__, module)
     own = parser.add_argument_group("this sweep")
+    own.add_argument(
+        "--model",
+        metavar="NAME",
+        action="append",
+        help=f"compare this model with the baselines; may be repeated (default: {', '.join(models)}, and a plugin's)",
+    )
     for name, text in (flags or {}).items():
         own.add_argument(f"--{name.replace('_', '-')}", action="store_true", help=text)
     arguments = parser.parse_args()
-    _end(_guard(lambda: _run_script(make, arguments, list(flags or {}), module)))
+    _end(_guard(lambda: _run_script(make, arguments, models, list(flags or {}), module)))
 
 
 def sweep_parser(name: str, description: str) -> argparse.ArgumentParser:
@@ -120,7 +127,9 @@ def _guard(run: Callable[[], int]) -> int:
         return FAILED
 
 
-def _run_script(make: "Callable[..., Sweep]", arguments: argparse.Namespace, flags: list[str], module: str) -> int:
+def _run_script(
+    make: "Callable[..., Sweep]", arguments: argparse.Namespace, models: Sequence[str], flags: list[str], module: str
+) -> int:
     print(f"perturbray: {make.__name__}: {module.strip().splitlines()[0]}", flush=True)
     changes = [_assignment(text, "--set") for text in arguments.set]
     axes = {path: values.split(",") for path, values in (_assignment(text, "--grid") for text in arguments.grid)}
@@ -134,11 +143,14 @@ def _run_script(make: "Callable[..., Sweep]", arguments: argparse.Namespace, fla
         with open_h5ad(arguments.data):
             pass
     plugins = tuple(plugin.Plugin.read(path) for path in arguments.plugin)
-    import perturbray.models as _models  # noqa: F401  # the registry's own, before a plugin's
+    from perturbray.models import MODELS
 
+    own = set(MODELS)
     plugin.install(plugins)
+    names = dict.fromkeys(arguments.model or [*models, *(name for name in MODELS if name not in own)])
+    specs = [MODELS[name]() for name in names]
     dataset = _dataset(arguments)
-    sweep = make(dataset, **{name: getattr(arguments, name) for name in flags})
+    sweep = make(dataset, specs, **{name: getattr(arguments, name) for name in flags})
     sweep = sweep.override(dict(changes))
     sweep = sweep.grid(axes)
     if arguments.smoke:

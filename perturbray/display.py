@@ -82,12 +82,19 @@ class Watcher(threading.Thread):
         self.summary: Summary | None = None
         self.done: set[str] = set(self.before)
         self.failed: dict[str, dict] = {}
+        self.start_time = time.monotonic()
         self._halt = threading.Event()
         self._page, self._page_cost, self._line, self._shown = 0.0, 0.0, 0.0, 0
         self._page_done = -1
         self._first_row = False
 
     def run(self) -> None:
+        try:
+            self._watch()
+        except Exception as error:  # the trials go on without a display; the page is tried again at the end
+            self.display.line(f"the display stopped: {error!r}; the trials go on")
+
+    def _watch(self) -> None:
         if not self.display.console.is_terminal:
             while not self._halt.wait(0.5):
                 self._look()
@@ -135,7 +142,8 @@ class Watcher(threading.Thread):
 
     def _counts(self) -> str:
         left = self._left()
-        text = f"{len(self.done)} of {len(self.plan.trials)} trials done, {len(self.display.running)} running"
+        text = f"{clock(time.monotonic() - self.start_time)}: " if not self.display.console.is_terminal else ""
+        text += f"{len(self.done)} of {len(self.plan.trials)} trials done, {len(self.display.running)} running"
         text += f", {len(self.failed)} failed" if self.failed else ""
         return text + (f", about {clock(left)} to go" if left else "")
 

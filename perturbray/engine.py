@@ -117,7 +117,8 @@ class Plan:
                 "cells": len(conditions.cell_condition),
                 "perturbed_cells": int(perturbed),
                 "genes": len(conditions.genes),
-                "contexts": [conditions.context_name(c) for c in range(len(conditions.contexts))],
+                "contexts": len(conditions.contexts),
+                "context_names": [conditions.context_name(c) for c in range(len(conditions.contexts))],
                 "perturbations": len(conditions.perturbations),
                 "normalisation": self.normalisation(spec).text,
                 "content": self.facts[spec].digest,
@@ -257,7 +258,8 @@ def run_sweep(
 
 
 def _store(plan: Plan, command: str) -> None:
-    table.write_plan(plan.folder, plan.describe(command=command, state="running"))
+    state = "running" if plan.remaining() else "done"
+    table.write_plan(plan.folder, plan.describe(command=command, state=state))
     reference = _reference(plan)
     if reference:
         table.write_reference(plan.folder, reference)

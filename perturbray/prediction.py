@@ -1,7 +1,7 @@
 """Prediction: what a model hands to a metric. Plain numpy, so that metrics know neither models nor data."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -92,6 +92,18 @@ class Prediction:
 
     def __len__(self) -> int:
         return len(self.perturbation)
+
+    def rows(self, rows: np.ndarray) -> "Prediction":
+        """The conditions at these row numbers (or where this mask is true), in this order."""
+        rows = np.flatnonzero(rows) if np.asarray(rows).dtype == bool else np.asarray(rows, dtype=int)
+        cells = self.cells
+        if cells is not None:
+            sides = {name: tuple(getattr(cells, name)[row] for row in rows) for name in ("predicted", "observed")}
+            cells = replace(cells, **sides)
+        parts = {name: getattr(self, name)[rows] for name in ("context", "perturbation", "stratum")}
+        bulks = {name: getattr(self, name).rows(rows) for name in ("predicted", "observed")}
+        weights = None if self.weights is None else self.weights[rows]
+        return replace(self, **parts, **bulks, weights=weights, cells=cells)
 
     def groups(self) -> Iterator[np.ndarray]:
         """Row numbers of conditions that may be compared with one another: same context, same stratum."""

@@ -9,20 +9,14 @@ from __future__ import annotations
 import perturbray as pr
 
 LEVELS = (0.0, 0.1, 0.2, 0.3)
+SEEDS = range(3)
+BASELINES = ("no_change", "perturbed_mean", "mean_shift")
+MODELS = ("linear_additive", "latent_additive", "decoder", "decoder_cov", "decoder_pert")
 
 
-def imbalance(dataset: pr.DatasetSpec, *, published: bool = False) -> pr.Sweep:
-    """Models x levels x seeds."""
-    models = (
-        pr.NoChange(),
-        pr.PerturbedMean(),
-        pr.MeanShift(),
-        pr.LinearAdditive(),
-        pr.LatentAdditive(),
-        pr.DecoderOnly(),
-        pr.DecoderCovariates(),
-        pr.DecoderPerturbations(),
-    )
+def imbalance(dataset: pr.DatasetSpec, models: list[pr.ModelSpec], *, published: bool = False) -> pr.Sweep:
+    """Baselines and models x levels x seeds."""
+    baselines = [pr.MODELS[name]() for name in BASELINES]
     levels = [pr.Imbalance(level=level, highest=max(LEVELS)) for level in LEVELS]
     notes = (
         "The test conditions are the same at every level: those whose perturbation stays in training somewhere at the "
@@ -41,10 +35,11 @@ def imbalance(dataset: pr.DatasetSpec, *, published: bool = False) -> pr.Sweep:
         question=__doc__.splitlines()[0],
         trials=[
             pr.Trial(dataset=dataset, model=model, ablation=level, seed=seed)
-            for seed in range(3)
+            for seed in SEEDS
             for level in levels
-            for model in models
+            for model in dict.fromkeys([*baselines, *models])
         ],
+        baselines=BASELINES,
         x="imbalance",
         x_label="measured imbalance (1 − normalised entropy of training perturbations per context)",
         notes=notes,
@@ -53,5 +48,7 @@ def imbalance(dataset: pr.DatasetSpec, *, published: bool = False) -> pr.Sweep:
 
 if __name__ == "__main__":
     pr.main(
-        imbalance, flags={"published": "the triples of PerturBench's slides instead; the test set changes with them"}
+        imbalance,
+        models=MODELS,
+        flags={"published": "the triples of PerturBench's slides instead; the test set changes with them"},
     )

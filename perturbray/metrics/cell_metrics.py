@@ -14,12 +14,11 @@ from scipy import sparse
 
 from perturbray.errors import InputError, nearest
 from perturbray.metrics import distribution, expression
-from perturbray.metrics.cells import Cells, dense, moments
+from perturbray.metrics.cells import Cells, dense, moments, shuffled, signatures
 from perturbray.metrics.expression import AGREEMENTS
 from perturbray.metrics.metric import FAILED, METRICS, targeted
 from perturbray.metrics.ranks import ranks
 from perturbray.prediction import CellSample, Prediction
-from perturbray.randomness import generator
 from perturbray.registry import Registry
 
 SPACES = ("pca", "genes")
@@ -28,6 +27,8 @@ TESTS = ("wilcoxon", "t_test", "t_test_overestim_var")
 COMPONENTS = 50
 CAPS = {"pca": 1000, "genes": 400}  # cells of a side; the U statistic has no bias from fewer
 DE_CAP = 400
+RANK_CELLS = 200  # of each condition where all pairs are compared
+BANDWIDTH_CELLS = 2000
 SPLITS = 5
 
 Memo = dict[Hashable, Any]
@@ -50,6 +51,12 @@ def _sample(prediction: Prediction, name: str) -> CellSample:
 
 def _condition(prediction: Prediction, row: int) -> tuple[str, ...]:
     return (*prediction.contexts[prediction.context[row]], str(prediction.perturbation[row]))
+
+
+def drawn(prediction: Prediction, X: Any, size: int, purpose: str, row: int) -> Any:
+    """At most ``size`` cells of a condition, in an order that follows from their content and the condition's name."""
+    order = shuffled(signatures(X, prediction.genes), purpose, *_condition(prediction, row))
+    return X[order[:size]]
 
 
 def failed_rows(prediction: Prediction) -> np.ndarray:
@@ -149,11 +156,9 @@ class CellMetric:
 
     def _coordinates(self, prediction: Prediction, row: int, space: Callable) -> tuple[np.ndarray, np.ndarray]:
         """Equal numbers of observed and predicted cells."""
-        sample = prediction.cells
-        n, m = sample.observed[row].shape[0], sample.predicted[row].shape[0]
-        rng = generator(0, "match", self.space, *_condition(prediction, row))
-        kept = distribution.matched(n, m, rng, cap=CAPS[self.space])
-        return space(sample.observed[row][kept[0]]), space(sample.predicted[row][kept[1]])
+        sides = prediction.cells.observed[row], prediction.cells.predicted[row]
+        size = min(CAPS[self.space], *(side.shape[0] for side in sides))
+        return tuple(space(drawn(prediction, side, size, "match", row)) for side in sides)
 
     def _distance(self, prediction: Prediction, row: int, space: Callable, failed: bool, memo: Memo | None):
         if prediction.cells.observed[row].shape[0] < 2:
@@ -179,29 +184,35 @@ class CellMetric:
         return (skill, "no_detectable_effect") if np.isnan(skill) else (skill, status)
 
     def _skill(self, prediction: Prediction, row: int, space: Callable, value: float) -> float:
-        rng = generator(0, "floor", self.space, *_condition(prediction, row))
-        sample, context = prediction.cells, prediction.context[row]
-        cells = space(sample.observed[row])
-        if len(cells) < 4 or sample.control[context].shape[0] < 2:
+        observed, control = prediction.cells.observed[row], prediction.cells.control[prediction.context[row]]
+        if observed.shape[0] < 4 or control.shape[0] < 2:
             return np.nan
         cap = CAPS[self.space]
-        halves = distribution.halvings(len(cells), rng, splits=SPLITS)
-        floor = [distribution.energy(cells[a[:cap]], cells[b[:cap]]) for a, b in halves]
-        kept = distribution.matched(len(cells), sample.control[context].shape[0], rng, cap=cap)
-        ceiling = distribution.energy(cells[kept[0]], space(sample.control[context][kept[1]]))
+        cells = space(drawn(prediction, observed, min(2 * cap, observed.shape[0]), "floor", row))
+        # cells are drawn in the order of their content, so that positions are as good as signatures from here on
+        halves = distribution.halvings(np.arange(len(cells), dtype=np.uint64), "floor", splits=SPLITS)
+        floor = [distribution.energy(cells[a], cells[b]) for a, b in halves]
+        size = min(cap, observed.shape[0], control.shape[0])
+        sides = (space(drawn(prediction, side, size, "ceiling", row)) for side in (observed, control))
+        ceiling = distribution.energy(*sides)
         return distribution.skill(value, floor, ceiling)
 
     def _sigma(self, prediction: Prediction, row: int, space: Callable) -> float:
         """Median distance between observed cells of the context, perturbed and control; never of predicted cells."""
         context = prediction.context[row]
         parts = [prediction.cells.observed[k] for k in np.flatnonzero(prediction.context == context)]
-        cells = np.concatenate([space(X) for X in (*parts, prediction.cells.control[context])])
-        rng = generator(0, "bandwidth", self.space, *prediction.contexts[context])
-        return distribution.median_distance(cells, rng=rng)
+        parts.append(prediction.cells.control[context])
+        signature = np.concatenate([signatures(X, prediction.genes) for X in parts])
+        kept = np.zeros(len(signature), dtype=bool)
+        kept[shuffled(signature, "bandwidth", *prediction.contexts[context])[:BANDWIDTH_CELLS]] = True
+        masks = np.split(kept, np.cumsum([X.shape[0] for X in parts])[:-1])
+        return distribution.median_distance(
+            np.concatenate([space(X[np.flatnonzero(mask)]) for X, mask in zip(parts, masks, strict=True)])
+        )
 
     def _rank(self, prediction: Prediction, failed: np.ndarray, space: Callable) -> tuple[np.ndarray, np.ndarray]:
         values, status = np.full(len(prediction), np.nan), np.full(len(prediction), "", dtype="U24")
-        sample, cap = prediction.cells, 200  # all pairs of conditions: fewer cells of each
+        sample = prediction.cells
         for rows in prediction.groups():
             enough = np.array([sample.observed[row].shape[0] > 1 for row in rows])
             status[rows[~enough]] = "too_few_cells"
@@ -212,12 +223,9 @@ class CellMetric:
             broken = failed[rows] | np.array([sample.predicted[row].shape[0] < 2 for row in rows])
             predicted, observed = [], []
             for row, is_broken in zip(rows, broken, strict=True):
-                rng = generator(0, "rank", self.space, *_condition(prediction, row))
-                n = sample.observed[row].shape[0]
-                observed.append(space(sample.observed[row][distribution.matched(n, n, rng, cap=cap)[0]]))
+                observed.append(space(drawn(prediction, sample.observed[row], RANK_CELLS, "rank", row)))
                 if not is_broken:
-                    m = sample.predicted[row].shape[0]
-                    predicted.append(space(sample.predicted[row][distribution.matched(m, m, rng, cap=cap)[0]]))
+                    predicted.append(space(drawn(prediction, sample.predicted[row], RANK_CELLS, "rank", row)))
             distance = np.full((len(rows), len(rows)), np.inf)
             if predicted:
                 distance[~broken] = distribution.energy_matrix(predicted, observed)
@@ -313,9 +321,10 @@ def expression_tables(prediction: Prediction, test: str, failed: np.ndarray) -> 
         tested = np.stack([_tested(prediction, row, linear, target_sum) for row in rows])
         sides = []
         for side in (sample.predicted, sample.observed):
-            drawn = [_drawn(prediction, row, side is sample.observed) for row in rows]
+            sizes = [min(DE_CAP, sample.observed[row].shape[0], sample.predicted[row].shape[0]) for row in rows]
+            members = [drawn(prediction, side[row], n, "expression", row) for row, n in zip(rows, sizes, strict=True)]
             folds = np.stack([_fold(side[row], linear, target_sum) for row in rows])
-            score, p = _test([side[row][keep] for row, keep in zip(rows, drawn, strict=True)], control, test)
+            score, p = _test(members, control, test)
             sides.append(expression.table(score, p, folds, tested))
         every, names = np.arange(len(prediction.genes)), np.asarray(prediction.genes)
         for position, row in enumerate(rows):
@@ -328,12 +337,6 @@ def _tested(prediction: Prediction, row: int, linear: np.ndarray, target_sum: fl
     """Genes above the gate in control that the condition does not target, (genes,) bool. Never a look at the condition."""
     targets = targeted([prediction.perturbation[row]])
     return (linear > expression.GATE * target_sum) & np.array([gene not in targets for gene in prediction.genes])
-
-
-def _drawn(prediction: Prediction, row: int, observed: bool) -> np.ndarray:
-    n, m = (side[row].shape[0] for side in (prediction.cells.observed, prediction.cells.predicted))
-    rng = generator(0, "expression", *_condition(prediction, row))
-    return distribution.matched(n, m, rng, cap=DE_CAP)[0 if observed else 1]
 
 
 def _fold(X: Any, linear: np.ndarray, target_sum: float) -> np.ndarray:

@@ -3,8 +3,10 @@
 A pass over cells never densifies X whole: means are sparse group sums, all else takes one condition at a time.
 """
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -13,6 +15,7 @@ from scipy import sparse
 
 from perturbray.errors import InputError, nearest
 from perturbray.prediction import Pseudobulk
+from perturbray.randomness import derive
 
 ROWS = 32_768  # cells summed at once
 LARGEST = 15.0  # log1p of anything real is smaller
@@ -69,6 +72,12 @@ class Comparison:
     def control(self, context: int) -> int:
         """The group number of a context's control cells."""
         return len(self) + context
+
+    def label(self, group: int) -> tuple[str, ...]:
+        """Covariate values and perturbation of a group; the perturbation of a control is empty."""
+        if group >= len(self):
+            return *self.contexts[group - len(self)], ""
+        return *self.contexts[self.context[group]], str(self.perturbation[group])
 
     def by_context(self) -> Iterator[tuple[int, np.ndarray]]:
         """Each context with the conditions in it."""
@@ -127,6 +136,43 @@ def moments(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.where(constant, x[0], mean), np.where(constant, 0.0, variance)
 
 
+@lru_cache(maxsize=8)
+def _gene_codes(genes: tuple[str, ...]) -> np.ndarray:
+    digests = b"".join(hashlib.blake2b(gene.encode(), digest_size=8).digest() for gene in genes)
+    return np.frombuffer(digests, dtype="<u8").astype(np.uint64)
+
+
+def signatures(X: Matrix, genes: tuple[str, ...]) -> np.ndarray:
+    """A number for the content of each cell, (cells,) uint64: the same for CSR and dense and in any order of genes."""
+    codes = _gene_codes(tuple(genes))
+    if not sparse.issparse(X):
+        X = sparse.csr_matrix(X)
+    whole = np.rint(X.data.astype(np.float64) * 2**20).astype(np.int64).astype(np.uint64)
+    return sparse.csr_matrix((whole, X.indices, X.indptr), shape=X.shape) @ codes  # modulo 2^64, so exact in any order
+
+
+def shuffled(signature: np.ndarray, *scope: str | int) -> np.ndarray:
+    """A random order of cells that follows from their content and ``scope``, not from where they stand in a file.
+
+    Equal cells count as different: the second of two has a place of its own.
+    """
+    order = np.argsort(signature, kind="stable")
+    ascending = signature[order]
+    first = np.flatnonzero(np.append(True, ascending[1:] != ascending[:-1])) if len(order) else order
+    occurrence = np.empty(len(order), dtype=np.uint64)
+    occurrence[order] = np.arange(len(order)) - np.repeat(first, np.diff(np.append(first, len(order))))
+    key = _mix(signature ^ _mix(occurrence + np.uint64(derive(0, *scope))))
+    return np.argsort(key, kind="stable")
+
+
+def _mix(key: np.ndarray) -> np.ndarray:
+    """The finaliser of splitmix64 (Steele et al. 2014): every bit of the key moves every bit of the result."""
+    key = key + np.uint64(0x9E3779B97F4A7C15)
+    key = (key ^ (key >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    key = (key ^ (key >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return key ^ (key >> np.uint64(31))
+
+
 def canonical(name: str, control: str, delimiter: str = "+") -> str:
     """One name for a set of perturbations: parts sorted, the control token inside a combination dropped."""
     parts = sorted({part.strip() for part in str(name).split(delimiter)} - {control, ""})
@@ -150,7 +196,7 @@ def compare(
     Predicted conditions that were not observed are left out.
     """
     genes, order = _align(observed, predicted, names)
-    matrices = [check(table.X, name) for table, name in zip((observed, predicted), names, strict=True)]
+    matrices = [check(observed.X, names[0]), check(predicted.X, names[1], predicted=True)]
     if order is not None:
         matrices[1] = matrices[1][:, order]
     spelling: dict[str, str] = {}  # canonical name -> as the observed file writes it
@@ -191,8 +237,11 @@ def compare(
     )
 
 
-def check(X: Any, file: str) -> Matrix:
-    """X as CSR or dense; an ``InputError`` where it holds NaN, infinity, or anything but log1p of normalised counts."""
+def check(X: Any, file: str, *, predicted: bool = False) -> Matrix:
+    """X as CSR or dense; an ``InputError`` where it holds NaN, infinity, or anything but log1p of normalised counts.
+
+    A model may predict slightly negative values; observed ones are none.
+    """
     if sparse.issparse(X):
         X = X.tocsr()
         X.sum_duplicates() if not X.has_canonical_format else None
@@ -205,6 +254,8 @@ def check(X: Any, file: str) -> Matrix:
     lowest, highest = (values.min(), values.max()) if values.size else (0.0, 0.0)
     if not (np.isfinite(lowest) and np.isfinite(highest)):
         raise InputError(f"{file}: X holds NaN or infinity; it must be log1p of normalised counts")
+    if lowest < 0 and not predicted:
+        raise InputError(f"{file}: X holds negative values ({lowest:g}); it must be log1p of normalised counts")
     if highest >= LARGEST:
         raise InputError(f"{file}: X reaches {highest:g}, so it is not log1p of normalised counts; pass --normalize")
     if looks_like_counts(X):

@@ -95,9 +95,6 @@ def evaluate(
     ``status`` (why a value is undefined or special, else empty), ``n_obs``, ``n_pred`` and ``convention``. Its ``attrs``
     hold the convention's version and notes. ``options`` are those of the convention; ``names`` stand in errors.
     """
-    # importing them registers them
-    from perturbray.metrics import standard, upstream  # noqa: F401
-
     rule = CONVENTIONS[convention]
     comparison = compare(
         observed,

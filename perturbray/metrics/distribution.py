@@ -12,13 +12,12 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.sparse.linalg import LinearOperator, svds
 
-from perturbray.metrics.cells import Matrix, dense
+from perturbray.metrics.cells import Matrix, dense, shuffled
 from perturbray.randomness import generator
 
 BLOCK = 1024  # cells on a side of a block of pairs
 CLOSE = 1e-5  # of the squared norms: below, a squared distance from a product has lost digits
 BANDWIDTHS = (0.25, 0.5, 1.0, 2.0, 4.0)  # in units of the median distance between observed cells
-CAP = 1000  # cells of a side
 
 
 def squared_distances(x: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -177,12 +176,8 @@ def mmd(
     return b + c - 2 * between(x, y, kernel)
 
 
-def median_distance(x: np.ndarray, *, most: int = 2000, rng: np.random.Generator | None = None) -> float:
-    """Median distance over distinct pairs of (at most ``most``) rows: the unit of bandwidths. Observed cells only."""
-    if len(x) > most:
-        if rng is None:
-            raise ValueError(f"{len(x)} cells are more than {most}: pass rng to draw some")
-        x = x[np.sort(rng.choice(len(x), most, replace=False))]
+def median_distance(x: np.ndarray) -> float:
+    """Median distance over distinct pairs of rows: the unit of bandwidths. Of observed cells only."""
     x = x - x.mean(axis=0)
     pairs = np.triu_indices(len(x), 1)
     return float(np.median(np.sqrt(squared_distances(x, x)[pairs])))
@@ -263,17 +258,12 @@ def fit_pca(X: Matrix, components: int = 50) -> PCA:
     return PCA(mean=mean, loadings=loadings * np.where(sign == 0, 1, sign))
 
 
-def matched(n: int, m: int, rng: np.random.Generator, *, cap: int = CAP) -> tuple[np.ndarray, np.ndarray]:
-    """Row numbers of as many cells on both sides: min(n, m, cap), drawn without replacement and sorted."""
-    k = min(n, m, cap)
-    return tuple(np.sort(rng.choice(size, k, replace=False)) if size > k else np.arange(size) for size in (n, m))
-
-
-def halvings(n: int, rng: np.random.Generator, *, splits: int = 5) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Disjoint random halves of n cells, ``splits`` times; an odd cell is left out."""
-    for _ in range(splits):
-        order = rng.permutation(n)
-        yield np.sort(order[: n // 2]), np.sort(order[n // 2 : 2 * (n // 2)])
+def halvings(signature: np.ndarray, *scope: str | int, splits: int = 5) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Row numbers of disjoint random halves of cells, ``splits`` times; an odd cell is left out."""
+    half = len(signature) // 2
+    for split in range(splits):
+        order = shuffled(signature, *scope, split)
+        yield np.sort(order[:half]), np.sort(order[half : 2 * half])
 
 
 def skill(value: float, floor: Sequence[float], ceiling: float) -> float:

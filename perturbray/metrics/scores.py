@@ -178,8 +178,14 @@ def pearson(predicted, observed):
 def spearman(predicted, observed):
     """Correlation of mid-ranks over genes, (..., genes) -> (...). Blind to any increasing change of the prediction."""
     constant = _empty(predicted, "spread"), _empty(observed, "spread")
-    ranks = (_centred(rankdata(vector, axis=-1)) for vector in (predicted, observed))
+    ranks = (_centred(rankdata(_rounded(vector), axis=-1)) for vector in (predicted, observed))
     return _angle(*ranks, *constant)
+
+
+def _rounded(vector: np.ndarray) -> np.ndarray:
+    """Without the last digits, so that genes of equal effect tie whatever the order in which cells were added."""
+    scale = np.abs(vector).max(axis=-1, keepdims=True, initial=0)
+    return np.round(vector / np.where(scale > 0, scale, 1), 12)
 
 
 @score("r2", best=1.0, higher_is_better=True, chance=0.0, needs="spread", needs_prediction=False)

