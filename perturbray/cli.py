@@ -151,10 +151,9 @@ def _run_script(
     specs = [MODELS[name]() for name in names]
     dataset = _dataset(arguments)
     sweep = make(dataset, specs, **{name: getattr(arguments, name) for name in flags})
-    sweep = sweep.override(dict(changes))
-    sweep = sweep.grid(axes)
-    if arguments.smoke:
+    if arguments.smoke:  # before --set, which a user means
         sweep = sweep.smoke()
+    sweep = sweep.override(dict(changes)).grid(axes)
     suffix = f"-{Path(arguments.data).stem}" if arguments.data else ""
     folder = Path(arguments.results) / f"{sweep.name}{suffix}"
     return _run(sweep, folder, arguments, plugins)

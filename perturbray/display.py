@@ -170,13 +170,16 @@ class Watcher(threading.Thread):
         return f"{self.summary.headline[0]} {arrow} at level {self.summary.levels['level'].iloc[0]}"
 
     def _view(self) -> Group:
-        bar = ProgressBar(total=len(self.plan.trials), completed=len(self.done) + len(self.failed), width=60)
-        parts = [bar, Text(self._counts())]
+        head = Table.grid(padding=(0, 2))
+        ended = len(self.done) + len(self.failed)
+        head.add_row(ProgressBar(total=len(self.plan.trials), completed=ended, width=30), Text(self._counts()))
+        parts = [head]
         now = time.monotonic()
         names = [
             f"{self.plan.trials[key].name} ({clock(now - since)})" for key, since in list(self.display.running.items())
         ]
-        parts.append(Text("running: " + "; ".join(names[:4]), style="dim", overflow="ellipsis", no_wrap=True))
+        running = "running: " + "; ".join(names[:4]) if names else "starting the first trials"
+        parts.append(Text(running, style="dim", overflow="ellipsis", no_wrap=True))
         if rows := self._best():
             board = Table(box=None, padding=(0, 2), title=self._board_title(), title_justify="left", title_style="bold")
             board.add_column("model")
