@@ -1,0 +1,196 @@
+"""A figure per question; a figure is a function of a Summary that returns a matplotlib Figure, and `save` writes it."""
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
+
+from perturbray.results.scales import Scale
+from perturbray.results.summary import COMMON, Summary
+from perturbray.results.table import replace_file
+
+# Okabe and Ito's colours, which stay apart for colour-blind readers, in an order whose first five stand on white and on
+# black; each also has a marker, so that colour is never alone.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "h")
+DASHES = ((0, (1, 1.6)), (0, (4, 1.6)), (0, (6, 1.6, 1, 1.6)), (0, (2.5, 1.2)), (0, (8, 2)))
+BASELINE = "#8a8a8a"
+INK = "#262626"  # the page replaces these three by its own colours, light or dark
+FAINT = "#e4e4e4"
+PAPER = "#fefefe"
+
+STYLE = {
+    "font.family": "sans-serif",
+    "font.sans-serif": ["Helvetica", "Arial", "Liberation Sans", "DejaVu Sans"],
+    "font.size": 8,
+    "axes.titlesize": 9,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.titlepad": 6,
+    "axes.labelsize": 8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.7,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "axes.axisbelow": True,
+    "grid.linewidth": 0.6,
+    "grid.color": FAINT,
+    "xtick.major.width": 0.7,
+    "ytick.major.width": 0.7,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "axes.facecolor": "none",
+    "figure.facecolor": "none",
+    "svg.fonttype": "none",  # text stays text: sharp, selectable, found by a search
+    "svg.hashsalt": "perturbray",  # the same numbers give the same file
+}
+
+
+def against_x(summary: Summary, *, metrics: Sequence[str] | None = None) -> Figure:
+    """Each metric against the sweep's x, a panel a metric: a line a series, its band the 95 % interval over conditions.
+
+    A score stands above its rank form where both are shown. Baselines are grey and dashed.
+    """
+    with mpl.rc_context(STYLE):
+        columns = _columns(list(metrics or summary.headline))
+        depth = max((len(column) for column in columns), default=1)
+        figure = Figure(figsize=(max(2.75 * max(len(columns), 1), 4.4), 2.35 * depth + 0.75), layout="constrained")
+        figure.get_layout_engine().set(w_pad=0.06, h_pad=0.05, hspace=0.04, wspace=0.03)
+        levels = summary.levels["x"].dropna()
+        axes = figure.subplots(depth, max(len(columns), 1), squeeze=False, sharex=True)
+        looks = looks_of(summary)
+        for across, column in enumerate(columns):
+            for down in range(depth):
+                if down < len(column):
+                    _panel(axes[down, across], summary, summary.scales[column[down]], looks=looks)
+                    if len(levels) == 1:  # an axis around one point would show meaningless digits
+                        axes[down, across].set_xticks(levels, [f"{levels.iloc[0]:.2g}"])
+                else:
+                    axes[down, across].set_visible(False)
+        if columns:
+            figure.supxlabel(summary.plan.get("x_label") or summary.plan.get("x") or "level", fontsize=8.5, color=INK)
+            _legend(figure, summary, looks)
+        return figure
+
+
+def looks_of(summary: Summary) -> dict[str, dict]:
+    """Colour, marker and dashes of each series, by its place in the plan, so that a line keeps its look as trials end."""
+    planned = dict.fromkeys(trial.get("columns", {}).get("model") for trial in summary.plan.get("trials", ()))
+    baselines = {*summary.baselines, *summary.plan.get("baselines", ())}
+    names = list(dict.fromkeys([*planned, *summary.series]))
+    models = [name for name in names if name not in baselines]
+    grey = [name for name in names if name in baselines]
+    looks = {}
+    for series in [name for name in models + grey if name in set(summary.series)]:
+        number = (grey if series in baselines else models).index(series)
+        marker, dashes = MARKERS[number % len(MARKERS)], DASHES[number % len(DASHES)]
+        if series in baselines:
+            look = {"color": BASELINE, "markerfacecolor": PAPER, "linestyle": dashes, "linewidth": 1.1, "zorder": 2}
+        else:
+            solid = number < len(COLOURS)
+            look = {"color": COLOURS[number % len(COLOURS)], "linestyle": "-" if solid else dashes, "linewidth": 1.5}
+            look["zorder"] = 3
+        looks[series] = {"marker": marker, **look}
+    return looks
+
+
+def svg(figure: Figure) -> str:
+    """The figure as an SVG element, without the XML prologue."""
+    with mpl.rc_context(STYLE):
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]
+
+
+def save(figure: Figure, folder: Path, *, name: str = "figure", png: bool = True) -> str:
+    """Write ``<name>.svg``, and ``<name>.png`` at 200 dots an inch on white; returns the SVG element."""
+    text = svg(figure)
+    replace_file(folder / f"{name}.svg", lambda target: target.write_text(text, encoding="utf-8"))
+    if png:
+        options = {"format": "png", "dpi": 200, "facecolor": "white"}
+        with mpl.rc_context(STYLE):
+            replace_file(folder / f"{name}.png", lambda target: figure.savefig(target, **options))
+    return text
+
+
+def _columns(metrics: list[str]) -> list[list[str]]:
+    """Panels: a score with its rank form beneath it."""
+    scores = [name for name in metrics if not name.endswith("/rank")]
+    columns = [[name] + [f"{name}/rank"] * (f"{name}/rank" in metrics) for name in scores]
+    return columns + [[name] for name in metrics if name.endswith("/rank") and name.removesuffix("/rank") not in scores]
+
+
+def _panel(axes: Axes, summary: Summary, scale: Scale, *, looks: dict[str, dict]) -> None:
+    means = summary.means
+    means = means[(means["stratum"] == COMMON) & (means["metric"] == scale.name)].sort_values("x")
+    for series, look in looks.items():
+        line = means[means["series"] == series]
+        line = line[np.isfinite(line["mean"].to_numpy(float))]
+        if line.empty:
+            continue
+        x, mean, low, high = (line[name].to_numpy(float) for name in ("x", "mean", "low", "high"))
+        faint = 0.10 if look["color"] == BASELINE else 0.16
+        axes.fill_between(x, low, high, color=look["color"], alpha=faint, linewidth=0, zorder=1)
+        if len(x) == 1:  # a band needs two points; one level has a bar
+            axes.vlines(x, low, high, color=look["color"], linewidth=1.1, zorder=look["zorder"])
+        axes.plot(x, mean, markersize=4, markeredgewidth=0.9, **look)
+    _chance(axes, scale)
+    axes.set_title(f"{scale.title} {scale.arrow}", pad=17)
+    axes.annotate(
+        scale.effect, (0, 1), xycoords="axes fraction", xytext=(0, 7), textcoords="offset points", fontsize=7.5
+    )
+    axes.set_ylabel(f"{scale.direction}" + (f" ({scale.unit})" if scale.unit else ""), fontsize=7.5)
+    axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
+    axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
+    axes.tick_params(length=3, labelbottom=True)
+    axes.grid(visible=True, axis="y")
+
+
+def _chance(axes: Axes, scale: Scale) -> None:
+    if scale.chance is None:
+        return
+    axes.axhline(scale.chance, color=INK, linewidth=0.8, linestyle=(0, (1, 2)), zorder=1.5)
+    axes.margins(y=0.08)
+    axes.annotate(
+        f"chance {scale.chance:g}",
+        (1, scale.chance),
+        xycoords=("axes fraction", "data"),
+        xytext=(0, 2.5),
+        textcoords="offset points",
+        ha="right",
+        va="bottom",
+        fontsize=7,
+    )
+
+
+def _legend(figure: Figure, summary: Summary, looks: dict[str, dict]) -> None:
+    handles = [
+        Line2D([], [], markersize=4.5, markeredgewidth=0.9, label=_plain_text(series), **look)
+        for series, look in looks.items()
+    ]
+    width = figure.get_figwidth()
+    longest = max((len(series) for series in looks), default=1)
+    fit = max(1, int(width / (0.42 + 0.068 * longest)))
+    legend = figure.legend(
+        handles=handles, loc="outside upper left", ncols=min(fit, len(handles)), frameon=False, handlelength=2.6
+    )
+    for text, series in zip(legend.get_texts(), looks, strict=True):
+        text.set_parse_math(False)  # $ in a name is a character
+        if looks[series]["color"] == BASELINE:
+            text.set_style("italic")
+
+
+def _plain_text(label: str) -> str:
+    """A name as it is: matplotlib hides a label that starts with an underscore."""
+    return f"\u200b{label}" if label.startswith("_") else label

@@ -1,0 +1,141 @@
+"""The page of a sweep: one self-contained HTML file, rewritten as trials end; a section is an entry of `_view`."""
+
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+
+from perturbray.results import page, plots, sections, table
+from perturbray.results.summary import Summary, summarise
+from perturbray.results.wording import answer
+
+_STATES = {"running": "running", "done": "finished", "interrupted": "interrupted: the same command carries on"}
+_OPTIONS = {"autoescape": True, "undefined": StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
+_TEMPLATE = Environment(**_OPTIONS).from_string(page.TEMPLATE)
+
+READING = """Intervals are 95 % percentile intervals of a paired bootstrap over conditions: perturbations are drawn with
+all their contexts, after seeds are averaged. They cover which conditions were tested; they do not cover training seeds,
+whose spread is in the tables, nor other screens."""
+
+BOARD = """Mean over conditions within a context, then over contexts; ± is the standard deviation over seeds; # is the
+place, with = where models share it because they cannot be told apart from the first of their group. Below: the paired
+difference to the best baseline of that column with its 95 % interval. ▲ better, ▼ worse, ≈ cannot be told."""
+
+
+def write_report(folder: str | Path, *, reader: table.Reader | None = None, png: bool | None = None) -> Path:
+    """Write ``report.html``, ``figure.svg`` and ``summary.csv`` of a results folder, each atomically; returns the page.
+
+    Works from the first finished trial on, and before it. While a sweep runs, pass the same ``reader`` each time, so
+    that only new files are read. ``png``: also ``figure.png``; by default once the sweep does not run any more.
+    """
+    folder = Path(folder)
+    plan = table.read_plan(folder)
+    rows = (reader or table.Reader(folder)).read()
+    summary = summarise(rows, plan, analytic=table.read_reference(folder))
+    figure = None
+    if summary.headline:
+        running = plan.get("status", {}).get("state") == "running"
+        figure = plots.save(plots.against_x(summary), folder, png=not running if png is None else png)
+        summary.write(folder / "summary.csv")
+    text = render(summary, failures=table.failed(folder), figure=figure, others=rows.attrs["others"])
+    path = folder / "report.html"
+    table.replace_file(path, lambda target: target.write_text(text, encoding="utf-8"))
+    return path
+
+
+def render(summary: Summary, *, failures: Mapping[str, dict], figure: str | None, others: int = 0) -> str:
+    """The page as text.
+
+    ``failures``: those of ``table.failed``; ``figure``: an SVG element; ``others``: number of files of other plans.
+    """
+    return _TEMPLATE.render(_view(summary, failures=failures, figure=figure, others=others))
+
+
+def _view(summary: Summary, *, failures: Mapping[str, dict], figure: str | None, others: int) -> dict:
+    plan = summary.plan
+    planned, status = plan.get("trials", []), plan.get("status", {})
+    failures = {trial["key"]: failures[trial["key"]] for trial in planned if trial["key"] in failures}
+    notes = list(plan.get("notes", ()))
+    if others:
+        notes.append(f"Result files of other plans in this folder, left out: {others}.")
+    lead, findings = answer(summary)
+    view = {
+        "style": Markup(page.STYLE),
+        "script": Markup(page.SCRIPT),
+        "name": plan.get("name", "sweep"),
+        "question": plan.get("question") or plan.get("name", "sweep"),
+        "data_line": sections.data_line(plan.get("dataset", {})),
+        "progress": {
+            **{"planned": len(planned), "done": len(summary.trials), "failed": len(failures)},
+            **{"running": status.get("running"), "state": _state(status)},
+        },
+        "written": datetime.now(UTC),
+        "live": status.get("state") == "running",
+        "complete": len(summary.trials) == len(planned),
+        "lead": lead,
+        "findings": findings,
+        "waiting": f"No trial has finished yet{', and some failed: see the reasons below' if failures else ''}.",
+        "reading": READING,
+        "figure": Markup(_themed(figure)) if figure else None,
+        "figure_title": f"Score against {plan.get('x', 'level').replace('_', ' ')}",
+        "figure_caption": sections.figure_caption(summary),
+        "board_caption": BOARD,
+        "levels": sections.levels(summary),
+        "changes": sections.changes(summary),
+        "truth": sections.truth(summary),
+        "strata": sections.strata(summary),
+        "statuses": sections.statuses(summary),
+        "failures": list(failures.values()),
+        "dataset": sections.terms(plan.get("dataset", {})),
+        "notes": notes,
+        "cost": sections.cost(summary),
+        "command": plan.get("command", ""),
+        "versions": sections.versions(summary),
+        "shared": sections.shared(planned),
+        "listing": sections.listing(summary, planned, failures),
+    }
+    return view | {"sections": _contents(view)}
+
+
+def _contents(view: Mapping) -> list[tuple[str, str]]:
+    """Anchor and title of the sections that the page has."""
+    named = [
+        ("answer", "Answer", True),
+        ("figure", "Figure", view["figure"]),
+        ("leaderboards", "Leaderboards", view["levels"]),
+        ("changes", "Losses", view["changes"]),
+        ("truth", "Known truth", view["truth"]),
+        ("strata", "Conditions apart", view["strata"]),
+        ("failures", "Flags and failures", view["statuses"] or view["failures"]),
+        ("data", "Data and notes", True),
+        ("cost", "Cost", view["cost"]),
+        ("repeat", "Repeat it", True),
+    ]
+    return [(anchor, title) for anchor, title, present in named if present]
+
+
+def _state(status: Mapping) -> str:
+    state = status.get("state") or ""
+    left = status.get("eta_seconds")
+    return _STATES.get(state, state) + (f", about {_duration(left)} to go" if left and state == "running" else "")
+
+
+def _duration(seconds: float) -> str:
+    return (
+        f"{seconds:.0f} s"
+        if seconds < 90
+        else f"{seconds / 60:.0f} min"
+        if seconds < 5400
+        else f"{seconds / 3600:.1f} h"
+    )
+
+
+def _themed(figure: str) -> str:
+    """The figure in the page's colours, so that it reads on white and on black, and scaled to the page's width."""
+    for colour, variable in ((plots.INK, "currentColor"), (plots.FAINT, "var(--line)"), (plots.PAPER, "var(--paper)")):
+        figure = figure.replace(colour, variable)
+    end = figure.index(">")
+    opening = " ".join(part for part in figure[:end].split() if not part.startswith(("width=", "height=")))
+    return f'{opening} role="img" aria-label="the figure; its numbers are in the tables below"{figure[end:]}'

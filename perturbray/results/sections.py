@@ -1,0 +1,223 @@
+"""What the sections of the page hold, from a Summary: dictionaries and lists of text that the template lays out."""
+
+from collections.abc import Mapping
+
+import numpy as np
+import pandas as pd
+
+from perturbray.results.summary import COMMON, Summary
+from perturbray.results.wording import NONE, VERDICTS, cells, decimals, interval, level_name, number
+
+LISTED = 500  # trials named on the page; a larger plan is in sweep.json
+
+_RANKS = "Ranks: the share of other conditions whose prediction is nearer to the observation (0.5 is chance)"
+
+
+def data_line(dataset: Mapping) -> str:
+    """The dataset in a few words."""
+    units = [unit for unit in ("cells", "genes", "perturbations", "contexts") if unit in dataset]
+    counts = [f"{dataset[unit]:,} {unit}" for unit in units]
+    return ", ".join([str(dataset["name"]), *counts] if "name" in dataset else counts)
+
+
+def figure_caption(summary: Summary) -> str:
+    common = summary.means[summary.means["stratum"] == COMMON]
+    if common.empty:
+        return ""
+    return (
+        "Each line is a model, baselines in grey and dashed; a point is the mean over "
+        f"{_span(common['conditions'], 'condition')} and {_span(common['seeds'], 'seed')}, a band its 95 % interval over "
+        "conditions. Models are compared on the same conditions, so bands may overlap where the paired differences "
+        "below tell models apart."
+    )
+
+
+def levels(summary: Summary, *, stratum: str = COMMON) -> list[dict]:
+    """The leaderboards of each level; the lowest and the highest stand open."""
+    names = list(summary.levels["level"])
+    ends = {names[0]: " (lowest level)", names[-1]: " (highest level)"} if len(names) > 1 else {}
+    views = []
+    for level in names:
+        label = level_name(summary, level)
+        title = label[0].upper() + label[1:] + ends.get(level, "")
+        if groups := _groups(summary, level, stratum=stratum):
+            views.append({"name": label, "title": title, "open": level in ends or not ends, "groups": groups})
+    return views
+
+
+def _groups(summary: Summary, level: object, *, stratum: str) -> list[dict]:
+    """One table of scores and one of ranks: side by side they would not fit a page."""
+    scores = [name for name in summary.headline if not name.endswith("/rank")]
+    ranks = [name for name in summary.headline if name.endswith("/rank")]
+    order, baselines = summary.order(level), summary.baselines
+    groups = []
+    for caption, metrics in (("Scores", scores), (_RANKS, ranks)):
+        found = cells(summary, level, metrics, stratum=stratum) if metrics else {}
+        rows = [
+            {"series": series, "cells": [found[series].get(metric) for metric in metrics]}
+            for series in order
+            if series in found
+        ]
+        parts = [
+            {"kind": "models", "rows": [row for row in rows if row["series"] not in baselines]},
+            {"kind": "baselines", "rows": [row for row in rows if row["series"] in baselines]},
+        ]
+        if rows:
+            groups.append({"caption": caption, "scales": [summary.scales[name] for name in metrics], "parts": parts})
+    return groups
+
+
+def changes(summary: Summary) -> dict | None:
+    found = summary.changes.dropna(subset=["change"])
+    if found.empty:
+        return None
+    metrics = [name for name in summary.headline if name in set(found["metric"])]
+    start, end = (level_name(summary, found[name].iloc[0]) for name in ("from_level", "to_level"))
+    texts = {(row["series"], row["metric"]): _change(summary, row) for row in found.to_dict("records")}
+    scales = [summary.scales[name] for name in metrics]
+    return {
+        "caption": f"From {start} to {end.rpartition(' ')[2]}, on the same conditions: change of the mean with its "
+        "paired 95 % interval. ▲ gets better, ▼ gets worse, ≈ cannot be told from no change.",
+        "columns": ["model", *[f"{scale.title}\N{NO-BREAK SPACE}{scale.arrow}" for scale in scales]],
+        "rows": [
+            [series, *[texts.get((series, metric), NONE) for metric in metrics]]
+            for series in summary.order(found["from_level"].iloc[0])
+        ],
+        "align": "lines",
+    }
+
+
+def _change(summary: Summary, row: Mapping) -> str:
+    digits = decimals(summary, row["metric"])
+    change = number(row["change"], digits, sign=True)
+    return f"{VERDICTS[row['verdict']]} {change}\n{interval(row['low'], row['high'], digits)}"
+
+
+def truth(summary: Summary) -> dict | None:
+    rows = [
+        [
+            *(row.reference, row.metric, level_name(summary, row.level), f"{row.measured:.4g}", f"{row.analytic:.4g}"),
+            *(NONE if np.isnan(row.ratio) else f"{row.ratio:.3f}", row.conditions),
+        ]
+        for row in summary.truth.itertuples()
+    ]
+    return _grid(
+        rows,
+        caption="This screen is simulated, so some values are known before anything is run. A ratio of 1 means that "
+        "the measured mean is the known one.",
+        columns=["value", "metric", "at", "measured", "known", "measured / known", "conditions"],
+        align="n",
+    )
+
+
+def strata(summary: Summary) -> list[dict]:
+    return [
+        {
+            "name": stratum,
+            "conditions": _span(part["conditions"], "condition"),
+            "levels": levels(summary, stratum=stratum),
+        }
+        for stratum, part in summary.means.groupby("stratum", sort=False)
+        if stratum != COMMON
+    ]
+
+
+def statuses(summary: Summary) -> dict | None:
+    rows = []
+    for (reason, metrics, effect), part in summary.statuses.groupby(["status", "metrics", "effect"], sort=False):
+        everyone = set(part["series"]) == set(summary.series) and len(part) > 1
+        who = "every model" if everyone else ", ".join(part["series"])
+        values = f"{part['count'].sum():,} of {part['of'].sum():,}"
+        rows.append([reason.replace("_", " "), who, metrics, values, effect])
+    return _grid(
+        rows,
+        caption="Values with a reason, over all trials. What the truth leaves undefined is left out for every model.",
+        columns=["reason", "model", "metrics", "values", "what was done"],
+    )
+
+
+def cost(summary: Summary) -> dict | None:
+    wanted = {
+        "epochs": ("epochs", "mean", "{:.0f}"),
+        "fit_seconds": ("fit, s", "mean", "{:.1f}"),
+        "predict_seconds": ("predict, s", "mean", "{:.1f}"),
+        "score_seconds": ("score, s", "mean", "{:.1f}"),
+        "peak_memory_mb": ("peak memory, MB", "max", "{:,.0f}"),
+    }
+    have = {name: facts for name, facts in wanted.items() if name in summary.trials}
+    if not have:
+        return None
+    rows = []
+    for series in summary.series:
+        part = summary.trials[summary.trials["series"] == series]
+        values = [(pd.to_numeric(part[name]).agg(how), form) for name, (_, how, form) in have.items()]
+        rows.append([series, len(part), *[NONE if pd.isna(value) else form.format(value) for value, form in values]])
+    hosts = summary.trials["host"].nunique() if "host" in summary.trials else 1
+    return _grid(
+        rows,
+        caption=f"Means over finished trials, memory the most of any; on {hosts} host{'s' * (hosts != 1)}.",
+        columns=["model", "trials", *[title for title, *_ in have.values()]],
+        align="n",
+    )
+
+
+def versions(summary: Summary) -> list[tuple[str, str]]:
+    names = [name for name in ("perturbray", "ray", "torch", "host") if name in summary.trials]
+    found = [(name, ", ".join(sorted(summary.trials[name].dropna().astype(str).unique()))) for name in names]
+    created = summary.plan.get("created")
+    return [*([("plan made", created)] if created else []), *found]
+
+
+def terms(mapping: Mapping) -> list[tuple[str, str]]:
+    return [(str(name).replace("_", " "), _shown(value)) for name, value in mapping.items()]
+
+
+def shared(planned: list[dict]) -> list[tuple[str, str]]:
+    """The fields in which no trial differs."""
+    columns = _columns(planned)
+    return [(name, _shown(columns[name].iloc[0])) for name in columns if _alike(columns[name])]
+
+
+def listing(summary: Summary, planned: list[dict], failures: Mapping) -> dict:
+    """The trials of the plan, with the fields in which they differ."""
+    done, columns = set(summary.trials["key"]), _columns(planned)
+    varying = [name for name in columns if not _alike(columns[name])]
+    rows = []
+    for trial in planned[:LISTED]:
+        key, values = trial["key"], trial.get("columns", {})
+        state = "done" if key in done else "failed" if key in failures else "to run"
+        rows.append([trial.get("name", key), state, key, *[_shown(values.get(name)) for name in varying]])
+    more = f" The first {LISTED} of {len(planned)}; the rest are in sweep.json." if len(planned) > LISTED else ""
+    caption = f"The fields in which trials differ; the key is the name of the trial's file.{more}"
+    return {"caption": caption, "columns": ["trial", "state", "key", *varying], "rows": rows, "align": ""}
+
+
+def _grid(rows: list[list], *, caption: str, columns: list[str], align: str = "") -> dict | None:
+    return {"caption": caption, "columns": columns, "rows": rows, "align": align} if rows else None
+
+
+def _columns(planned: list[dict]) -> pd.DataFrame:
+    return pd.DataFrame([trial.get("columns", {}) for trial in planned]).astype(object)
+
+
+def _alike(column: pd.Series) -> bool:
+    return len(set(map(repr, column))) == 1
+
+
+def _span(values: pd.Series, noun: str) -> str:
+    low, high = int(values.min()), int(values.max())
+    return f"{low}{f' to {high}' * (low != high)} {noun}{'s' * (high != 1)}"
+
+
+def _shown(value: object) -> str:
+    if value is None or (isinstance(value, float) and np.isnan(value)):
+        return NONE
+    if isinstance(value, bool | str):
+        return str(value)
+    if isinstance(value, int):
+        return f"{value:,}" if abs(value) >= 10_000 else str(value)
+    if isinstance(value, float):
+        return f"{value:g}"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {_shown(part)}" for name, part in value.items())
+    return ", ".join(map(_shown, value)) if isinstance(value, list | tuple) else str(value)

@@ -1,0 +1,339 @@
+"""What a sweep says: means, paired differences, places, changes, from the long table alone; a statistic is a frame.
+
+Rules (section 7 and 8 of the metric specification): seeds are averaged per condition first, conditions within a context
+next, contexts last. A value that the truth leaves undefined is left out for every model alike; a failed prediction is
+never left out, so that no model gains by failing.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from perturbray.errors import InputError, nearest
+from perturbray.results import intervals
+from perturbray.results.cube import UNDEFINED, Cube
+from perturbray.results.scales import Scale
+from perturbray.results.table import replace_file, trials
+
+COMMON = "common"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summary:
+    """The frames of a sweep. A series is a line of the figure: a model, with the fields in which its trials differ."""
+
+    plan: dict
+    scales: dict[str, Scale]
+    trials: pd.DataFrame  # one row a finished trial; columns series, level, x beside the constant columns
+    means: pd.DataFrame  # one row a (stratum, metric, level, series)
+    differences: pd.DataFrame  # series - reference, per (stratum, metric, level); verdict: better, worse, tie or ""
+    changes: pd.DataFrame  # highest - lowest level on the same common conditions, per (metric, series)
+    statuses: pd.DataFrame  # values that carry a reason, per (status, series)
+    truth: pd.DataFrame  # measured against analytic, per (reference, metric); empty without a reference
+
+    @property
+    def headline(self) -> list[str]:
+        """Metrics of the headline that have values, the plan's order; without one in the plan, all."""
+        present = set(self.means["metric"]) if len(self.means) else set()
+        return [name for name in self.plan.get("headline") or self.scales if name in present]
+
+    @property
+    def series(self) -> list[str]:
+        """Series with finished trials, in the plan's order of models, so that it does not change as trials end."""
+        planned = [trial.get("columns", {}).get("model") for trial in self.plan.get("trials", ())]
+        place = {model: number for number, model in enumerate(dict.fromkeys(planned))}
+        found = self.trials.drop_duplicates("series")
+        found = found.assign(place=found["model"].map(place).fillna(len(place)))
+        return list(found.sort_values(["place", "series"])["series"])
+
+    @property
+    def baselines(self) -> set[str]:
+        """Those series that are baselines."""
+        return set(self.trials.loc[self.trials["baseline"], "series"])
+
+    @property
+    def levels(self) -> pd.DataFrame:
+        """Levels with finished trials by rising x: columns ``level`` and ``x``."""
+        return _levels(self.trials)
+
+    def board(self, level: object, *, metrics: Sequence[str] | None = None, stratum: str = COMMON) -> pd.DataFrame:
+        """Means beside differences at one level, a row a (metric, series)."""
+        at = self.means[(self.means["level"] == level) & (self.means["stratum"] == stratum)]
+        at = at[at["metric"].isin(metrics or self.headline)]
+        return at.merge(self.differences, on=["stratum", "metric", "level", "series"], how="left")
+
+    def order(self, level: object) -> list[str]:
+        """Series by the first headline metric at a level, best first, models before baselines."""
+        if not self.headline:
+            return []
+        at = self.board(level, metrics=self.headline[:1])
+        score = -self.scales[self.headline[0]].sign * at["mean"]
+        return list(at.assign(score=score).sort_values(["baseline", "score", "series"])["series"])
+
+    def write(self, path: Path) -> None:
+        """Means and differences as one CSV."""
+        joined = self.means.merge(self.differences, on=["stratum", "metric", "level", "series"], how="left")
+        replace_file(path, lambda target: joined.to_csv(target, index=False))
+
+
+def summarise(
+    table: pd.DataFrame,
+    plan: Mapping,
+    *,
+    reference: str | None = None,
+    analytic: pd.DataFrame | None = None,
+    resamples: int = intervals.RESAMPLES,
+    seed: int = intervals.SEED,
+) -> Summary:
+    """Summarise a long table.
+
+    ``reference`` names the series that differences are taken to; by default the best baseline of each level and metric,
+    which is the hardest of them, chosen on the same conditions. ``analytic``: the frame of ``read_reference``.
+    """
+    plan = dict(plan)
+    recorded = {entry["name"]: entry for entry in plan.get("metrics", ())}
+    found = sorted(set(table["metric"].dropna()))
+    names = [name for name in recorded if name in found] + [name for name in found if name not in recorded]
+    scales = {name: Scale.of(name, recorded.get(name)) for name in names}
+    runs = _runs(table, plan)
+    if reference is not None and reference not in set(runs["series"]):
+        raise InputError(f"no finished trial is of {reference!r}: {nearest(reference, runs['series'])}")
+    bootstrap = {"resamples": resamples, "seed": seed}
+    means, differences, changes = [], [], []
+    rows = table.merge(runs[["key", "series", "level", "split_seed"]], on="key") if len(table) else table
+    for stratum in sorted(set(table["stratum"].dropna()), key=lambda name: (name != COMMON, name)):
+        cube = Cube.of(rows[rows["stratum"] == stratum], bootstrap=bootstrap)
+        frame = _means(cube, runs=runs, stratum=stratum)
+        difference, places = _differences(cube, frame, scales=scales, reference=reference)
+        means.append(frame.merge(places, on=["metric", "level", "series"], how="left"))
+        differences.append(difference.assign(stratum=stratum))
+        if stratum == COMMON:
+            changes.append(_changes(cube, levels=_levels(runs), scales=scales))
+    truth = _truth(rows, runs, analytic) if analytic is not None and len(table) else pd.DataFrame()
+    return Summary(
+        plan=plan,
+        scales=scales,
+        trials=runs,
+        means=_stack(means, MEANS),
+        differences=_stack(differences, DIFFERENCES),
+        changes=_stack(changes, CHANGES),
+        statuses=_statuses(rows),
+        truth=truth,
+    )
+
+
+MEANS = [
+    *[
+        "stratum",
+        "metric",
+        "level",
+        "x",
+        "series",
+        "model",
+        "baseline",
+        "mean",
+        "low",
+        "high",
+        "status",
+        "place",
+        "tied",
+    ],
+    *["sd_seeds", "seeds", "conditions", "contexts", "pooled", "median", "sd_conditions"],
+    *["undefined", "failed", "flagged"],
+]
+"""``mean``: macro. ``low``, ``high``: 95 % interval over conditions. ``status``: why there is no interval. ``place``: of
+its tie group. Counts are of conditions: ``undefined`` by the truth, ``failed`` predictions, ``flagged`` values that count
+but carry a reason."""
+DIFFERENCES = [
+    *["stratum", "metric", "level", "series", "reference", "difference", "difference_low", "difference_high"],
+    *["difference_conditions", "verdict"],
+]
+CHANGES = ["metric", "series", "from_level", "to_level", "change", "low", "high", "conditions", "verdict", "seeds"]
+
+
+def _runs(table: pd.DataFrame, plan: Mapping) -> pd.DataFrame:
+    """One row a trial, with ``series``, ``level``, ``x`` and whether it is a baseline."""
+    runs = trials(table)
+    runs["model"] = runs["model"].astype(str) if "model" in runs else runs["name"].astype(str)
+    runs["series"] = _series(runs)
+    runs["baseline"] = runs["model"].isin(plan.get("baselines", ()))
+    level = runs["ablation.level"] if "ablation.level" in runs else pd.Series(0.0, runs.index)
+    level = level.astype(object).where(level.notna(), 0.0)
+    numeric = pd.to_numeric(level, errors="coerce")
+    runs["level"] = numeric if numeric.notna().all() else level.astype(str)
+    x = plan.get("x", "")
+    runs["x"] = pd.to_numeric(runs[x if x in runs else "level"], errors="coerce")
+    seed = runs["split.seed"] if "split.seed" in runs else pd.Series(0, runs.index)
+    runs["split_seed"] = seed.astype(str)
+    return runs
+
+
+def _series(runs: pd.DataFrame) -> pd.Series:
+    """The model's name, with those fields in which trials of that model differ (seeds aside)."""
+    fields = [name for name in runs if name.startswith(("model.", "training.")) or name in ("dataset", "split")]
+    fields = [name for name in fields if not name.endswith("seed")]
+    labels = runs["model"].copy()
+    for _, part in runs.groupby("model", sort=False):
+        varying = [name for name in fields if len(set(map(repr, part[name]))) > 1]
+        for index, *values in part[varying].itertuples(name=None) if varying else ():
+            shown = ", ".join(
+                f"{name.rpartition('.')[2]} {_short(value)}" for name, value in zip(varying, values, strict=True)
+            )
+            labels[index] = f"{labels[index]} ({shown})"
+    return labels
+
+
+def _short(value: object) -> str:
+    return f"{value:g}" if isinstance(value, int | float | np.number) else str(value)
+
+
+def _levels(runs: pd.DataFrame) -> pd.DataFrame:
+    return runs.groupby("level", as_index=False)["x"].mean().sort_values(["x", "level"], ignore_index=True)
+
+
+def _means(cube: Cube, *, runs: pd.DataFrame, stratum: str) -> pd.DataFrame:
+    values, failed = cube.values, cube.columns["failed"].to_numpy() > 0
+    conditions = (~np.isnan(values)).sum(axis=0)
+    status = np.select(
+        [failed | np.isinf(values).any(axis=0), conditions == 0, conditions < intervals.FEWEST],
+        ["failed_prediction", "undefined", "few_conditions"],
+        "",
+    )
+    low, high = intervals.interval(cube.draws)
+    frame = pd.DataFrame(values)
+    facts = runs.groupby(["level", "series"], as_index=False).agg(
+        x=("x", "mean"), model=("model", "first"), baseline=("baseline", "first")
+    )
+    return cube.columns.assign(
+        stratum=stratum,
+        mean=cube.means,
+        low=np.where(status == "", low, np.nan),
+        high=np.where(status == "", high, np.nan),
+        status=status,
+        seeds=cube.columns["seeds"].astype(int),
+        conditions=conditions,
+        contexts=[len(np.unique(cube.context[~np.isnan(column)])) for column in values.T],
+        pooled=np.where(failed, np.nan, frame.mean().to_numpy()),
+        median=np.where(failed, np.nan, frame.median().to_numpy()),
+        sd_conditions=frame.where(np.isfinite(frame)).std().to_numpy(),
+        undefined=cube.undefined,
+    ).merge(facts, on=["level", "series"], how="left")
+
+
+def _differences(
+    cube: Cube, means: pd.DataFrame, *, scales: Mapping[str, Scale], reference: str | None
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Differences to the reference, and places with tie groups, per (metric, level).
+
+    Rows of ``means`` are columns of the cube.
+    """
+    sign = means["metric"].map({name: scale.sign for name, scale in scales.items()}).astype(float)
+    ranked = means.assign(score=sign * means["mean"]).dropna(subset="score")
+    ranked = ranked.sort_values(["score", "series"], ascending=[False, True])
+    pairs, places = [], []
+    for (metric, level), part in ranked.groupby(["metric", "level"], observed=True, sort=False):
+        candidates = part.index[part["baseline"] if reference is None else part["series"] == reference]
+        everyone = means.index[(means["metric"] == metric) & (means["level"] == level)]
+        pairs += [(index, candidates[0]) for index in everyone if len(candidates) and index != candidates[0]]
+        places += _places(cube, part.index.to_numpy())
+    left, right = np.asarray(pairs, int).reshape(-1, 2).T
+    found = means.loc[left, ["metric", "level", "series"]].reset_index(drop=True)
+    found["reference"] = means.loc[right, "series"].to_numpy()
+    found = pd.concat([found, cube.differences(left, right)], axis=1)
+    found["verdict"] = _verdicts(found["difference_low"], found["difference_high"], sign=sign.loc[left].to_numpy())
+    places = pd.DataFrame(places, columns=["row", "place", "tied"]).set_index("row")
+    return found, means[["metric", "level", "series"]].join(places)
+
+
+def _verdicts(low: pd.Series, high: pd.Series, *, sign: np.ndarray) -> np.ndarray:
+    """better or worse where the interval excludes 0, tie where it does not, "" where there is no interval."""
+    above, below = (low > 0).to_numpy(), (high < 0).to_numpy()
+    good, bad = np.where(sign > 0, above, below), np.where(sign > 0, below, above)
+    return np.select([low.isna().to_numpy(), good, bad], ["", "better", "worse"], "tie")
+
+
+def _places(cube: Cube, best_first: np.ndarray) -> list[tuple[int, int, bool]]:
+    """(column, place, tied) by tie groups from the best down.
+
+    A group ends at the first column whose difference to the group's leader has an interval that excludes 0; without an
+    interval nothing shows that they differ, except that a column with a failed prediction is worse than one without.
+    """
+    places, start = [], 0
+    while start < len(best_first):
+        rest = best_first[start:]
+        gaps = cube.differences(rest, np.full(len(rest), rest[0]))
+        failed = np.isinf(cube.means[rest]) != np.isinf(cube.means[rest[0]])
+        apart = np.flatnonzero((gaps["difference_low"] > 0) | (gaps["difference_high"] < 0) | failed)
+        size = int(apart[0]) if len(apart) else len(rest)
+        places += [(int(index), start + 1, size > 1) for index in rest[:size]]
+        start += size
+    return places
+
+
+def _changes(cube: Cube, *, levels: pd.DataFrame, scales: Mapping[str, Scale]) -> pd.DataFrame:
+    """The same conditions at the highest level against the lowest."""
+    lowest, highest = levels["level"].iloc[0], levels["level"].iloc[-1]
+    columns = cube.columns.reset_index(names="column")
+    start, end = columns[columns["level"] == lowest], columns[columns["level"] == highest]
+    pairs = start.merge(end, on=["metric", "series"], suffixes=("", "_end"))
+    if len(levels) < 2 or pairs.empty:
+        return pd.DataFrame(columns=CHANGES)
+    found = cube.differences(pairs["column_end"], pairs["column"])
+    found.columns = ["change", "low", "high", "conditions"]
+    sign = pairs["metric"].map({name: scale.sign for name, scale in scales.items()})
+    return pairs[["metric", "series"]].assign(
+        from_level=lowest,
+        to_level=highest,
+        **found,
+        verdict=_verdicts(found["low"], found["high"], sign=sign.to_numpy()),
+        seeds=pairs[["seeds", "seeds_end"]].min(axis=1).astype(int),
+    )
+
+
+def _statuses(rows: pd.DataFrame) -> pd.DataFrame:
+    """How many values carry which reason, and what that means for the mean."""
+    columns = ["status", "series", "metrics", "count", "of", "effect"]
+    flagged = rows[rows["status"].notna() & (rows["status"] != "")]
+    if flagged.empty:
+        return pd.DataFrame(columns=columns)
+    total = rows.groupby(["series", "metric"], observed=True).size()
+    found = []
+    for (reason, series), part in flagged.groupby(["status", "series"], observed=True, sort=True):
+        metrics = sorted(set(part["metric"]))
+        lost = bool(part["value"].isna().any())
+        effect = "left out" if reason in UNDEFINED and lost else "no mean for this model" if lost else "counted"
+        of = int(total.loc[[(series, metric) for metric in metrics]].sum())
+        found.append([str(reason), series, ", ".join(metrics), len(part), of, effect])
+    return pd.DataFrame(found, columns=columns)
+
+
+def _truth(rows: pd.DataFrame, runs: pd.DataFrame, analytic: pd.DataFrame) -> pd.DataFrame:
+    """Macro means of measured and analytic values on the common conditions that have both."""
+    known = analytic.copy()
+    if "model" not in known:
+        known["model"] = known["reference"].astype(str).str.split(" ").str[0]
+    if "ablation.level" not in known:
+        known["ablation.level"] = _levels(runs)["level"].iloc[0]
+    known = known.rename(columns={"ablation.level": "level", "value": "analytic"})
+    contexts = [name for name in known if name.startswith("covariate.") and name in rows]
+    names = ["model", "metric", *contexts, "perturbation"]
+    measured = (
+        rows[rows["stratum"] == COMMON].drop(columns="model", errors="ignore").merge(runs[["key", "model"]], on="key")
+    )
+    measured = measured.groupby(["level", *names], observed=True)["value"].mean().rename("measured").reset_index()
+    measured, known = (frame.astype(dict.fromkeys(names, str)) for frame in (measured, known))
+    both = known.merge(measured, on=["level", *names]).dropna(subset=["measured", "analytic"])
+    by = ["reference", "model", "metric", "level"]
+    inside = both.groupby([*by, *contexts], observed=True, as_index=False)[["measured", "analytic"]].mean()
+    found = inside.groupby(by, observed=True, as_index=False, sort=False)[["measured", "analytic"]].mean()
+    found["ratio"] = found["measured"] / found["analytic"].where(found["analytic"] != 0)
+    counts = both.groupby(by, observed=True).size().rename("conditions").reset_index()
+    return found.merge(counts, on=by)
+
+
+def _stack(parts: list[pd.DataFrame], columns: list[str]) -> pd.DataFrame:
+    parts = [part for part in parts if len(part)]
+    return pd.concat(parts, ignore_index=True)[columns] if parts else pd.DataFrame(columns=columns)
