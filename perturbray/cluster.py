@@ -3,7 +3,9 @@
 import math
 import os
 import secrets
+import signal
 import stat
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -57,6 +59,7 @@ def place(cpus: float, gpus: float, *, trials: int) -> Placement:
 @contextmanager
 def connect(address: str | None = None) -> Iterator[Cluster]:
     """A Ray of our own on this machine, or the cluster at ``address``. Token authentication is on."""
+    early = "ray" in sys.modules  # Ray reads its environment when it is imported
     token = _token()
     os.environ["RAY_AUTH_MODE"] = "token"
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -68,17 +71,22 @@ def connect(address: str | None = None) -> Iterator[Cluster]:
     if ray.is_initialized():  # a notebook's own, or a test session's
         yield _describe("", token)
         return
+    if early:
+        ray._raylet.Config.initialize("")  # read it again, or this process and Ray's disagree about the token
     options = {"log_to_driver": False, "logging_level": "ERROR"}
     if address is None:
         options |= {"address": "local", "include_dashboard": True}  # without "local" Ray joins whatever runs here
     else:
         options |= {"address": address}
+    terminate = signal.getsignal(signal.SIGTERM)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # Ray's notice about an environment variable of its next release
         try:
             context = ray.init(**options)
         except ConnectionError as error:
             raise InputError(f"--address {address}: no Ray cluster answers there ({error})") from error
+    if callable(terminate):
+        signal.signal(signal.SIGTERM, terminate)  # Ray puts its own handler in the place of the command line's
     try:
         yield _describe(context.dashboard_url or "", token)
     finally:

@@ -6,7 +6,7 @@ import platform
 import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cached_property, partial
@@ -204,15 +204,16 @@ def run_sweep(
     time, it goes on where it was when called again.
     """
     events = events or Events()
-    table.create(plan.folder)
     if plan.known and not plan.remaining():
+        table.create(plan.folder)
         _store(plan, command)
         events.planned(plan)
         return 0
-    with connect(address) as cluster:
+    with _made(plan.folder), connect(address) as cluster:
         from perturbray.data import blocks
         from perturbray.metrics.pool import Pool
 
+        place(cluster.cpus, cluster.gpus, trials=1)  # without a CPU, reading would wait for ever
         read = {}
         for spec, conditions in plan.conditions.items():
             events.line(
@@ -247,14 +248,30 @@ def run_sweep(
             columns={f"version.{name}": text for name, text in versions().items()},
         )
         with events.watching(plan):
+            state = "interrupted"
             try:
                 _run_rounds(plan, shared, placement, tune_folder, events)
+                state = "done"
             finally:
                 if pool is not None:
                     pool.drain()  # what is trained is scored, also after Ctrl-C
                     pool.stop()
+                table.write_plan(plan.folder, {**table.read_plan(plan.folder), "status": {"state": state}})
     _raise_failures(plan, set(wanted))
     return len(wanted)
+
+
+@contextmanager
+def _made(folder: Path) -> Iterator[None]:
+    """A results folder, known to be writable before anything is read; taken away again if nothing came into it."""
+    new = [place for place in (folder, *folder.parents) if not place.exists()]
+    try:
+        table.create(folder)
+        yield
+    finally:
+        for place in new:
+            with suppress(OSError):  # it holds something, so it stays
+                place.rmdir()
 
 
 def _store(plan: Plan, command: str) -> None:
@@ -282,6 +299,7 @@ def _run_rounds(plan: Plan, shared: Shared, placement: Placement, tune_folder: P
             events.line(f"Ray Tune gave up ({error})")
         if shared.pool is not None:
             shared.pool.drain()
+            shared.pool.revive()
     failed = table.failed(plan.folder)
     for key, trial in plan.remaining().items():
         if key not in failed:
@@ -334,6 +352,8 @@ def train(config: dict, *, shared: Shared) -> None:
     """Tune's trainable: one trial, from blocks to a prediction in a scorer's queue. Leaves no state in its process."""
     from ray import tune
 
+    from perturbray.metrics.pool import NoScorerError
+
     key, started = config["key"], scoring.now()
     plugin.install(shared.plugins)
     trial: Trial = pickle.loads(shared.trials)[key]
@@ -349,6 +369,9 @@ def train(config: dict, *, shared: Shared) -> None:
             scoring.score(scorable, folder=shared.folder, metrics=shared.metrics)
         else:
             shared.pool.submit(key, scorable, turn=shared.order[key])
+    except NoScorerError:  # not the trial's fault: without a result and without a record, it is run again
+        tune.report({"failed": 1})
+        return
     except Exception as error:
         # Recorded here and not raised: Tune would run it again, and an error of the trial itself would come again.
         table.write_failure(shared.folder, key, name=trial.name, error=error)

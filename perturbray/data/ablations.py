@@ -69,7 +69,9 @@ class Imbalance(AblationSpec):
             small = conditions.context_name(int(np.argmin(available)))
             raise InputError(f"ablation.base={base}: context {small} has only {available.min()} training perturbations")
         counts = self.solve(self.level, base=base, contexts=len(order))
-        fewest = counts if self.highest <= self.level else self.solve(self.highest, base=base, contexts=len(order))
+        fewest = counts
+        if self.highest > self.level:
+            fewest = self.solve(self.highest, base=base, contexts=len(order), name="highest")
         kept, lost = self._keep(conditions, split, order, counts, np.minimum(counts, fewest), seed)
 
         condition = split.condition.copy()
@@ -90,7 +92,7 @@ class Imbalance(AblationSpec):
         }
         return replace(split, condition=condition, cell=cell, stratum=stratum.astype(str), record=record)
 
-    def solve(self, level: float, *, base: int, contexts: int) -> np.ndarray:
+    def solve(self, level: float, *, base: int, contexts: int, name: str = "level") -> np.ndarray:
         """The geometric counts whose measured imbalance is nearest to a level. Raises InputError if none is near."""
         if contexts < 2:
             raise InputError("imbalance needs at least two contexts; give --covariate-keys a column with two values")
@@ -107,7 +109,7 @@ class Imbalance(AblationSpec):
             around = np.sort(measured)
             near = ", ".join(f"{m:.3f}" for m in around[np.argsort(np.abs(around - level))[:3]])
             raise InputError(
-                f"ablation.level={level}: this screen reaches imbalance {measured.min():.3f} to {measured.max():.3f} "
+                f"ablation.{name}={level}: this screen reaches imbalance {measured.min():.3f} to {measured.max():.3f} "
                 f"({contexts} contexts, {base} training perturbations each, at least {self.minimum} kept); nearest: {near}"
             )
         return options[best]

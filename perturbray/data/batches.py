@@ -11,6 +11,7 @@ from torch import Tensor
 
 from perturbray.data.dataset import Conditions
 from perturbray.data.splits import SUBSETS, TRAIN, Split
+from perturbray.errors import InputError
 from perturbray.randomness import generator
 
 Mode = Literal["paired", "perturbed", "all"]
@@ -52,13 +53,25 @@ class Cells:
             out[here] = self.blocks[b][rows[here] - self.starts[b]].toarray()
         return out
 
-    def group_sums(self, rows: np.ndarray, code: np.ndarray, *, groups: int) -> np.ndarray:
-        """(groups, genes) float64 sums over rows by code, without densifying."""
+    def select(self, rows: np.ndarray) -> sparse.csr_matrix:
+        """(len(rows), genes) CSR float32, in the order of ``rows``."""
+        if len(self.blocks) == 1:
+            return self.blocks[0][rows]
+        block = np.searchsorted(self.starts, rows, side="right") - 1
+        order = np.argsort(block, kind="stable")
+        parts = [self.blocks[b][rows[order[block[order] == b]] - self.starts[b]] for b in np.unique(block)]
+        stacked = sparse.vstack(parts, format="csr") if parts else self.blocks[0][:0]
+        return stacked[np.argsort(order, kind="stable")]
+
+    def group_sums(self, rows: np.ndarray, code: np.ndarray, *, groups: int, power: int = 1) -> np.ndarray:
+        """(groups, genes) float64 sums over rows by code, of the values or of a power of them, without densifying."""
         sums = np.zeros((groups, self.genes))
         block = np.searchsorted(self.starts, rows, side="right") - 1
         for b in np.unique(block):
             here = np.flatnonzero(block == b)
             chosen = self.blocks[b][rows[here] - self.starts[b]].astype(np.float64)
+            if power != 1:
+                chosen.data **= power
             member = sparse.csr_matrix(
                 (np.ones(len(here)), (code[here], np.arange(len(here)))), shape=(groups, len(here))
             )
@@ -129,6 +142,10 @@ class BatchStream:
         draw = generator(self.seed, "controls", SUBSETS[subset], number).random(len(rows))
         order = np.argsort(np.argsort(rows, kind="stable"), kind="stable")
         context = self._context_of_cell[rows]
+        bare = np.flatnonzero(size[context] == 0)
+        if len(bare):  # the arithmetic below would take a control of another context
+            name = self.conditions.context_name(context[bare[0]])
+            raise InputError(f"context {name} has no control cells in {SUBSETS[subset]} to pair its cells with")
         return controls[first[context] + (draw[order] * size[context]).astype(np.int64)]
 
     def controls(self, context: int, subset: int) -> np.ndarray:

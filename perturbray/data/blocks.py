@@ -1,7 +1,8 @@
 """Blocks: the cells of a screen as CSR rows in Ray's object store, read from the file once for all trials of a sweep."""
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,11 +10,13 @@ import pyarrow as pa
 import ray
 from ray.data.block import BlockMetadata
 from ray.data.datasource import Datasource, ReadTask
+from ray.exceptions import RayTaskError
 from scipy import sparse
 
 from perturbray.data import matrix
 from perturbray.data.batches import Cells
 from perturbray.data.dataset import Conditions, DatasetSpec, open_h5ad
+from perturbray.errors import InputError
 
 ROWS = 65536  # rows a block, 80 to 160 MB on a screen of 5,000 genes at 8 % density
 
@@ -64,12 +67,12 @@ def read(spec: DatasetSpec, conditions: Conditions, *, rows: int = ROWS) -> tupl
 
     Raises InputError for values that are not finite or of no known scale, before anything is trained.
     """
-    logging.getLogger("ray.data").setLevel(logging.ERROR)  # a line an execution otherwise
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # a line an execution otherwise, and what is raised twice
     context = ray.data.DataContext.get_current().copy()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.target_max_block_size = None  # a row range stays one block
-    with ray.data.DataContext.current(context):
+    with ray.data.DataContext.current(context), _as_raised():
         source = CellDatasource(spec, genes=len(conditions.genes), rows=rows)
         raw = ray.data.read_datasource(source, override_num_blocks=len(source.ranges)).materialize()
         facts = _facts(raw, spec, conditions)
@@ -80,6 +83,17 @@ def read(spec: DatasetSpec, conditions: Conditions, *, rows: int = ROWS) -> tupl
     matrix.remember(spec, facts)
     references = tuple(reference for bundle in ready.iter_internal_ref_bundles() for reference in bundle.block_refs)
     return Blocks(references=_in_order(references), genes=len(conditions.genes)), facts
+
+
+@contextmanager
+def _as_raised() -> Iterator[None]:
+    """An InputError of a read task as its one line, without the traceback and the advice that Ray adds."""
+    try:
+        yield
+    except RayTaskError as error:
+        if isinstance(error, InputError):
+            raise InputError(str(error.cause).splitlines()[0]) from None
+        raise
 
 
 def _table(rows: sparse.csr_matrix, facts: matrix.RowFacts, start: int) -> pa.Table:
@@ -114,9 +128,11 @@ def _normalise(table: pa.Table, normalisation: matrix.Normalisation) -> pa.Table
 
 def _rows(table: pa.Table, genes: int) -> sparse.csr_matrix:
     """An Arrow block as CSR over the same memory, where it has one chunk."""
-    indices, values = (table[name].combine_chunks() for name in ("indices", "values"))
-    if isinstance(indices, pa.ChunkedArray):  # an empty table has no chunk to combine
-        indices, values = (pa.concat_arrays(column.chunks) for column in (indices, values))
+    # combine_chunks copies a single chunk too, and every trial would hold a screen of its own.
+    indices, values = (
+        column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
+        for column in (table["indices"], table["values"])
+    )
     indptr = indices.offsets.to_numpy()
     low, high = indptr[0], indptr[-1]
     return sparse.csr_matrix(

@@ -33,6 +33,9 @@ class DatasetSpec:
     def __post_init__(self) -> None:
         if self.normalize not in NORMALIZE:
             raise InputError(f"normalize={self.normalize!r}: {nearest(self.normalize, NORMALIZE)}")
+        # A list does not hash, and a string would be taken letter by letter.
+        covariates = (self.covariates,) if isinstance(self.covariates, str) else tuple(self.covariates)
+        object.__setattr__(self, "covariates", covariates)
         if not self.covariates:
             raise InputError("a dataset needs at least one covariate column; a constant column will do")
         if not self.name:
@@ -106,7 +109,11 @@ def open_h5ad(path: str) -> Iterator[h5py.File]:
         raise InputError(f"{path}: there is no such file" + (f"; {nearest(place.name, beside)}" if beside else ""))
     if not place.is_file() or not h5py.is_hdf5(place):
         raise InputError(f"{path}: this is not an h5ad file (HDF5); write one with AnnData.write_h5ad")
-    with h5py.File(place, "r") as file:
+    try:
+        opened = h5py.File(place, "r")
+    except OSError as error:
+        raise InputError(f"{path}: this file is cut off or damaged, or cannot be read ({error})") from None
+    with opened as file:
         if "obs" not in file or "var" not in file:
             raise InputError(f"{path}: this HDF5 file is not an h5ad: it has no obs and var; it has {', '.join(file)}")
         yield file
@@ -181,6 +188,13 @@ def _conditions(spec: DatasetSpec, file: h5py.File) -> Conditions:
         )
 
     names = {label: split_label(label, control=spec.control, delimiter=spec.delimiter) for label in set(labels)}
+    for label, singles in names.items():
+        if not singles and label != spec.control and spec.control not in label:
+            first = _names(obs)[np.flatnonzero(labels.to_numpy() == label)[0]]
+            raise InputError(
+                f"{spec.path}: obs[{spec.perturbation!r}] is {label!r} in {(labels == label).sum()} cells (the first is "
+                f"{first}), which names no perturbation; drop them or label them"
+            )
     joiner = spec.delimiter or "+"
     canonical = {label: joiner.join(singles) if singles else spec.control for label, singles in names.items()}
     singles_of = {canonical[label]: singles for label, singles in names.items()}

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -69,9 +70,8 @@ def read_rows(file: h5py.File, spec: DatasetSpec, start: int, stop: int) -> spar
     indptr = matrix["indptr"][start : stop + 1].astype(np.int64)
     indices = matrix["indices"][indptr[0] : indptr[-1]].astype(np.int32)
     if len(indices) and (indices.min() < 0 or indices.max() >= genes):
-        raise InputError(
-            f"{spec.path}: rows {start} to {stop} of X name gene number {indices.max()}, but there are {genes}"
-        )
+        wrong = indices.min() if indices.min() < 0 else indices.max()
+        raise InputError(f"{spec.path}: rows {start} to {stop} of X name gene number {wrong}, but there are {genes}")
     values = matrix["data"][indptr[0] : indptr[-1]].astype(np.float32)
     return sparse.csr_matrix((values, indices, indptr - indptr[0]), shape=(stop - start, genes))
 
@@ -214,7 +214,8 @@ def remember(spec: DatasetSpec, facts: MatrixFacts) -> None:
         temporary.write_text(json.dumps({"identity": identity, "facts": asdict(facts)}))
         temporary.replace(place)
     except OSError:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
 
 
 def scan(spec: DatasetSpec, *, cell_names, genes) -> MatrixFacts:

@@ -59,6 +59,9 @@ class CovariateTransfer(SplitSpec):
     def __post_init__(self) -> None:
         if not 0 < self.fraction < 1:
             raise InputError(f"split.fraction={self.fraction}: a share between 0 and 1 of each context's perturbations")
+        for name in ("max_contexts", "min_controls"):
+            if getattr(self, name) < 1:
+                raise InputError(f"split.{name}={getattr(self, name)}: at least 1")
         if len(self.controls) != 3 or min(self.controls) < 0 or abs(sum(self.controls) - 1) > 1e-9:
             raise InputError(f"split.controls={self.controls}: three shares (train, validation, test) that sum to 1")
 
@@ -121,7 +124,8 @@ def cut_controls(cell: np.ndarray, conditions: Conditions, *, shares: tuple[floa
         rows = rows[np.argsort(conditions.cell_names[rows], kind="stable")]
         rows = generator(seed, "controls", *values).permutation(rows)
         sizes = np.maximum(np.round(np.array(shares) * len(rows)).astype(int), least)
-        sizes[np.argmax(sizes)] += len(rows) - sizes.sum()
+        while sizes.sum() != len(rows):  # one at a time, so that none falls below the least
+            sizes[np.argmax(sizes)] += np.sign(len(rows) - sizes.sum())
         cell[rows] = np.repeat(np.array([TRAIN, VAL, TEST], dtype=np.int8), sizes)
 
 

@@ -136,10 +136,11 @@ def interpolated_duplicate(
 
 
 def null(prediction: Prediction, comparison: Comparison, *, seed: int = 0) -> Prediction:
-    """Pseudo-perturbations: for each condition two disjoint random sets of control cells, truth and prediction.
+    """Pseudo-perturbations without any effect: the level of every metric where there is nothing to predict.
 
-    They are drawn from one half of the context's control cells, sized like the condition where there are enough, and
-    the other half is the control: the level of every metric where there is no effect.
+    A context's control cells are cut into thirds. Each condition's truth is a random half (or as many cells as the
+    condition has) of the first, its prediction one of the second, and the last is the control. Truth and prediction are
+    not drawn from one pool, because what one takes from it the other lacks.
     """
     genes = len(prediction.genes)
     sides = np.full((2, len(prediction), genes), np.nan)
@@ -150,13 +151,14 @@ def null(prediction: Prediction, comparison: Comparison, *, seed: int = 0) -> Pr
         cells = comparison.observed.of(group)
         signature = signatures(comparison.observed.X[comparison.observed.rows(group)], comparison.genes)
         order = shuffled(signature, seed, "null", *comparison.label(group))
-        pool, rest = (cells[part] for part in np.array_split(order, 2))
+        *pools, rest = (cells[part] for part in np.array_split(order, 3))
         control[code], left[code] = rest.mean(axis=0), len(rest)
         for row in rows:
-            order = generator(seed, "null", *comparison.label(row)).permutation(len(pool))
-            size = count[row] = min(len(pool) // 2, int(prediction.observed.cells[row]))
-            if size:
-                sides[:, row] = pool[order[:size]].mean(axis=0), pool[order[size : 2 * size]].mean(axis=0)
+            rng = generator(seed, "null", *comparison.label(row))
+            count[row] = min(min(map(len, pools)) // 2, int(prediction.observed.cells[row]))
+            for side, pool in zip(sides, pools, strict=True):
+                if count[row]:
+                    side[row] = pool[rng.permutation(len(pool))[: count[row]]].mean(axis=0)
     truth, guess = (Pseudobulk(mean=side, cells=count) for side in sides)
     control = Pseudobulk(mean=control, cells=left)
     return replace(prediction, observed=truth, predicted=guess, control=control, observed_control=None, cells=None)

@@ -172,10 +172,13 @@ class CellMetric:
             )
             if sigma == 0:
                 return np.nan, "constant_truth"
-            each = distribution.mmd(x, y, [factor * sigma for factor in distribution.BANDWIDTHS])
+            kernel = distribution.Gaussian(tuple(factor * sigma for factor in distribution.BANDWIDTHS))
+            own = distribution.remembered(lambda: distribution.within(x, kernel), "within", kernel, x)
+            each = distribution.mmd(x, y, kernel.sigmas, within_x=own)
             found = dict(zip(self.forms("mmd")[1:], each, strict=True))
             return {"value": each.mean(), **found}, ""
-        own = distribution.within(x, distribution.Euclidean())[0]
+        kernel = distribution.Euclidean()
+        own = distribution.remembered(lambda: distribution.within(x, kernel)[0], "within", kernel, x)
         value = distribution.energy(x, y, within_x=own)
         status = "copied_cells" if distribution.copied_cells(value, own, len(x)) else ""
         if self.form == "value":
@@ -191,10 +194,12 @@ class CellMetric:
         cells = space(drawn(prediction, observed, min(2 * cap, observed.shape[0]), "floor", row))
         # cells are drawn in the order of their content, so that positions are as good as signatures from here on
         halves = distribution.halvings(np.arange(len(cells), dtype=np.uint64), "floor", splits=SPLITS)
-        floor = [distribution.energy(cells[a], cells[b]) for a, b in halves]
+        floor = distribution.remembered(
+            lambda: [distribution.energy(cells[a], cells[b]) for a, b in halves], "floor", cells
+        )
         size = min(cap, observed.shape[0], control.shape[0])
-        sides = (space(drawn(prediction, side, size, "ceiling", row)) for side in (observed, control))
-        ceiling = distribution.energy(*sides)
+        x, y = (space(drawn(prediction, side, size, "ceiling", row)) for side in (observed, control))
+        ceiling = distribution.remembered(lambda: distribution.energy(x, y), "energy", x, y)
         return distribution.skill(value, floor, ceiling)
 
     def _sigma(self, prediction: Prediction, row: int, space: Callable) -> float:
@@ -223,12 +228,12 @@ class CellMetric:
             broken = failed[rows] | np.array([sample.predicted[row].shape[0] < 2 for row in rows])
             predicted, observed = [], []
             for row, is_broken in zip(rows, broken, strict=True):
-                observed.append(space(drawn(prediction, sample.observed[row], RANK_CELLS, "rank", row)))
+                observed.append(drawn(prediction, sample.observed[row], RANK_CELLS, "rank", row))
                 if not is_broken:
-                    predicted.append(space(drawn(prediction, sample.predicted[row], RANK_CELLS, "rank", row)))
+                    predicted.append(drawn(prediction, sample.predicted[row], RANK_CELLS, "rank", row))
             distance = np.full((len(rows), len(rows)), np.inf)
             if predicted:
-                distance[~broken] = distribution.energy_matrix(predicted, observed)
+                distance[~broken] = distribution.energy_matrix(predicted, observed, space=space)
             direction = "obs" if self.form == "rank" else "pred"
             values[rows] = ranks(distance, direction=direction)
             values[rows[broken]], status[rows[broken]] = self.worst, FAILED

@@ -5,9 +5,11 @@ Both are sums of a function of squared distances over pairs of cells, so they sh
 Gretton et al. 2012 (MMD).
 """
 
+import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 from scipy.sparse.linalg import LinearOperator, svds
@@ -15,22 +17,35 @@ from scipy.sparse.linalg import LinearOperator, svds
 from perturbray.metrics.cells import Matrix, dense, shuffled
 from perturbray.randomness import generator
 
+T = TypeVar("T")
+
 BLOCK = 1024  # cells on a side of a block of pairs
 CLOSE = 1e-5  # of the squared norms: below, a squared distance from a product has lost digits
 BANDWIDTHS = (0.25, 0.5, 1.0, 2.0, 4.0)  # in units of the median distance between observed cells
 
 
-def squared_distances(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """‖x_i − y_j‖², (n, d) x (m, d) -> (n, m) float64, as norms minus product, and directly where that cancels."""
-    norms = np.einsum("ij,ij->i", x, x)[:, None] + np.einsum("ij,ij->i", y, y)[None]
-    squares = norms - 2 * (x @ y.T)
-    near = np.nonzero(squares < CLOSE * norms)
-    step = max(1, 2**22 // max(1, x.shape[1]))
-    for start in range(0, len(near[0]), step):
-        i, j = near[0][start : start + step], near[1][start : start + step]
-        difference = x[i] - y[j]
-        squares[i, j] = np.einsum("ij,ij->i", difference, difference)
-    return np.maximum(squares, 0, out=squares)
+def squared_distances(x: np.ndarray, y: np.ndarray, *, same: bool = False) -> np.ndarray:
+    """‖x_i − y_j‖², (n, d) x (m, d) -> (n, m) float64, as norms minus product, and directly where that cancels.
+
+    ``same`` says that x and y are the same cells: the diagonal is exactly 0.
+    """
+    own, other = (np.einsum("ij,ij->i", side, side) for side in (x, y))
+    squares = x @ y.T
+    squares *= -2
+    squares += own[:, None]
+    squares += other
+    if same:
+        np.fill_diagonal(squares, np.inf)
+    if squares.size and squares.min() < CLOSE * (own.max() + other.max()):
+        near = np.nonzero(squares < CLOSE * (own[:, None] + other))
+        step = max(1, 2**22 // max(1, x.shape[1]))
+        for start in range(0, len(near[0]), step):
+            i, j = near[0][start : start + step], near[1][start : start + step]
+            difference = x[i] - y[j]
+            squares[i, j] = np.einsum("ij,ij->i", difference, difference)
+    if same:
+        np.fill_diagonal(squares, 0)
+    return squares
 
 
 @dataclass(frozen=True)
@@ -74,7 +89,8 @@ class Gaussian:
                 np.square(kernel, out=kernel)
                 np.square(kernel, out=kernel)
             else:
-                kernel = np.exp(squares * (-0.5 / sigma**2))
+                kernel = squares * (-0.5 / sigma**2)
+                np.exp(kernel, out=kernel)
             last = sigma
             out.append(kernel.sum(axis=axis))
         return np.stack(out[::-1])
@@ -106,13 +122,33 @@ def within(x: np.ndarray, kernel: Kernel) -> np.ndarray:
         for j in _blocks(n):
             if j.start < i.start:
                 continue
-            squares = squared_distances(x[i], x[j])
+            squares = squared_distances(x[i], x[j], same=i == j)
             if i == j:
-                np.fill_diagonal(squares, 0)
                 parts.append(kernel.sums(squares) - len(squares) * kernel.diagonal)
             else:
                 parts.append(2 * kernel.sums(squares))
     return _add(parts) / (n * (n - 1))
+
+
+_REMEMBERED: dict[tuple, np.ndarray] = {}  # a few numbers each; the oldest go first
+REMEMBER = 20_000
+
+
+def remembered(make: Callable[[], T], *key: object) -> T:
+    """What depends on observed cells only, computed once a process and shared by all models scored in it.
+
+    Arrays in ``key`` count by their content.
+    """
+    key = tuple(_digest(part) if isinstance(part, np.ndarray) else part for part in key)
+    if key not in _REMEMBERED:
+        while len(_REMEMBERED) >= REMEMBER:
+            _REMEMBERED.pop(next(iter(_REMEMBERED)), None)
+        _REMEMBERED[key] = make()
+    return _REMEMBERED[key]
+
+
+def _digest(x: np.ndarray) -> bytes:
+    return hashlib.blake2b(np.ascontiguousarray(x), digest_size=16).digest() + str(x.shape).encode()
 
 
 def _add(parts: list[np.ndarray]) -> np.ndarray:
@@ -184,22 +220,35 @@ def median_distance(x: np.ndarray) -> float:
 
 
 def energy_matrix(
-    predicted: Sequence[np.ndarray], observed: Sequence[np.ndarray], *, estimator: str = "U", scale: str = "full"
+    predicted: Sequence[Matrix],
+    observed: Sequence[Matrix],
+    *,
+    space: Callable[[Matrix], np.ndarray] = dense,
+    estimator: str = "U",
+    scale: str = "full",
 ) -> np.ndarray:
-    """Energy distance of every prediction to every observation, (K, K'); each within term is computed once."""
+    """Energy distance of every prediction to every observation in a space, (K, K'); each within term is computed once.
+
+    Cells stay as they are, sparse for one, but for one prediction and a few observations at a time.
+    """
     kernel = Euclidean()
-    b, c = (
-        np.array([_single(within(cells, kernel)[0], len(cells), estimator) for cells in side])
-        for side in (observed, predicted)
-    )
+    sizes, counts = (np.array([X.shape[0] for X in side]) for side in (observed, predicted))
+    b, c, means = np.empty(len(observed)), np.empty(len(predicted)), []
+    for k, X in enumerate(observed):
+        cells = space(X)
+        means.append(cells.mean(axis=0))
+        known = remembered(lambda cells=cells: within(cells, kernel)[0], "within", kernel, cells)
+        b[k] = _single(known, len(cells), estimator)
+    for k, X in enumerate(predicted):
+        c[k] = _single(within(space(X), kernel)[0], counts[k], estimator)
+    centre = np.mean(means, axis=0)
     cross = np.empty((len(predicted), len(observed)))
-    sizes = np.array([len(cells) for cells in observed])
-    centre = np.mean([cells.mean(axis=0) for cells in observed], axis=0)
-    for first, last in _runs(sizes, 8 * BLOCK):
-        together = np.concatenate(observed[first:last]) - centre
+    for first, last in _runs(sizes, 2 * BLOCK):
+        together = np.concatenate([space(X) - centre for X in observed[first:last]])
         starts = np.concatenate([[0], np.cumsum(sizes[first:last])[:-1]])
-        for k, cells in enumerate(predicted):
-            columns = [np.sqrt(squared_distances(cells[i] - centre, together)).sum(axis=0) for i in _blocks(len(cells))]
+        for k, X in enumerate(predicted):
+            cells = space(X) - centre
+            columns = [np.sqrt(squared_distances(cells[i], together)).sum(axis=0) for i in _blocks(len(cells))]
             sums = np.add.reduceat(np.sum(columns, axis=0), starts)
             cross[k, first:last] = sums / (len(cells) * sizes[first:last])
     value = 2 * cross - b[None] - c[:, None]
@@ -284,6 +333,21 @@ def copied_cells(value: float, within_observed: float, n: int) -> bool:
     Copies give −2·B/n with the mean distance B within the n observed cells; a replicate gives 0 on average.
     """
     return value < -within_observed / n
+
+
+def correlation_structure(predicted: np.ndarray, observed: np.ndarray, *, most: int = 100) -> float:
+    """Frobenius distance between gene correlation matrices on the 100 genes most variable in the observed cells.
+
+    Beside the energy distance, which hardly sees whether genes vary together. A constant gene correlates with none.
+    """
+    genes = np.argsort(-observed.var(axis=0), kind="stable")[:most]
+    matrices = []
+    for cells in (predicted, observed):
+        centred = cells[:, genes] - cells[:, genes].mean(axis=0)
+        norm = np.sqrt((centred**2).sum(axis=0))
+        scaled = centred / np.where(norm > 0, norm, 1)
+        matrices.append(scaled.T @ scaled)
+    return float(np.linalg.norm(matrices[0] - matrices[1]))
 
 
 def variance_ratio(predicted: np.ndarray, observed: np.ndarray) -> float:

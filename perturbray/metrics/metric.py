@@ -18,7 +18,7 @@ from perturbray.randomness import generator
 from perturbray.registry import Registry
 
 FAILED = "failed_prediction"
-EXCLUDE = ("panel", "none")
+EXCLUDE = ("panel", "own", "none")
 GENES = ("all", "top_expressed")
 TOP_EXPRESSED = 1000  # genes with the largest control mean (Ahlmann-Eltze et al., Nat. Methods 2025)
 
@@ -29,7 +29,8 @@ class Metric:
 
     With ``rank`` the value is instead the share of other conditions of the same context that are nearer than the right
     one: 0 is best, 0.5 is chance (``direction`` and ``ties`` as in ``ranks``). Ranks leave out the genes that any
-    candidate targets (``exclude="panel"``), whose own knock-down or overexpression would identify the condition.
+    candidate targets (``exclude="panel"``), whose own knock-down or overexpression would identify the condition;
+    ``"own"`` leaves out those of the ranked condition only, which a model can exploit.
     """
 
     score: str
@@ -131,8 +132,9 @@ class Metric:
             kept = self._genes(prediction, rows)
             sides = predicted[np.ix_(rows, kept)], observed[np.ix_(rows, kept)]
             if self.rank:
+                own = self._own(prediction, rows, kept)
                 values[rows], status[rows] = self._rank(
-                    *sides, failed[rows], prediction.perturbation[rows].astype(str), context, memo
+                    *sides, failed[rows], prediction.perturbation[rows].astype(str), context, own, memo
                 )
             else:
                 weights = self._weights(prediction, rows, kept)
@@ -142,7 +144,7 @@ class Metric:
         values[failed & ~undefined], status[failed & ~undefined] = self.worst, FAILED
         return values, status
 
-    def _rank(self, predicted, observed, failed, names, context, memo) -> tuple[np.ndarray, np.ndarray]:
+    def _rank(self, predicted, observed, failed, names, context, own, memo) -> tuple[np.ndarray, np.ndarray]:
         if len(predicted) < 2:
             return np.full(len(predicted), np.nan), np.full(len(predicted), "single_candidate")
         if predicted.shape[1] == 0:
@@ -151,6 +153,13 @@ class Metric:
         if key not in memo:
             memo[key] = SCORES[self.score].distance(predicted[:, None], observed[None])
         distance = memo[key].copy()
+        for row, targets in enumerate(own):
+            if len(targets):
+                pair = np.delete(predicted, targets, axis=1), np.delete(observed, targets, axis=1)
+                if self.direction == "obs":
+                    distance[:, row] = SCORES[self.score].distance(pair[0][:, None], pair[1][row][None, None])[:, 0]
+                else:
+                    distance[row] = SCORES[self.score].distance(pair[0][row][None, None], pair[1][None])[0]
         if self.direction == "obs":
             distance[failed] = np.where(
                 np.isnan(distance[failed]), np.nan, np.inf
@@ -171,6 +180,14 @@ class Metric:
             targets = targeted(prediction.perturbation[rows])
             kept &= ~np.array([gene in targets for gene in prediction.genes], dtype=bool)
         return np.flatnonzero(kept)
+
+    def _own(self, prediction: Prediction, rows: np.ndarray, kept: np.ndarray) -> list[np.ndarray]:
+        """For each condition the compared genes that only its own rank leaves out."""
+        if self.exclude != "own":
+            return []
+        position = {prediction.genes[gene]: index for index, gene in enumerate(kept)}
+        targets = (targeted([name]) for name in prediction.perturbation[rows])
+        return [np.array([position[gene] for gene in genes if gene in position], dtype=int) for genes in targets]
 
     def _weights(self, prediction: Prediction, rows: np.ndarray, kept: np.ndarray) -> np.ndarray | None:
         if not SCORES[self.score].weighted:
@@ -203,6 +220,23 @@ def score_prediction(prediction: Prediction, metrics: Iterable[Metric]) -> dict[
         "value": np.concatenate([values for values, _ in evaluated]) if metrics else np.empty(0),
         "status": np.concatenate([status for _, status in evaluated]) if metrics else np.empty(0, dtype=str),
     }
+
+
+def score_split(first: Prediction, second: Prediction, metrics: Iterable[Metric]) -> dict[str, np.ndarray]:
+    """The table of ``score_prediction`` under split controls, where noise of the control is not taken for skill.
+
+    The control cells of each context are cut once into halves A and B. In ``first`` the model predicted from B, which is
+    its ``control``, and A is its ``observed_control``; in ``second`` the roles are exchanged. Values are averaged over
+    both, and a status is that of the first that has one. A prediction made from all control cells must not be scored
+    so: its effect would hold the truth's noise with the opposite sign.
+    """
+    for one, other in ((first, second), (second, first)):
+        if one.observed_control is None or not np.array_equal(one.observed_control.mean, other.control.mean):
+            raise ValueError("split controls: the observed control of one prediction is the control of the other")
+    metrics = list(metrics)
+    tables = [score_prediction(prediction, metrics) for prediction in (first, second)]
+    status = np.where(tables[0]["status"] != "", tables[0]["status"], tables[1]["status"])
+    return tables[0] | {"value": (tables[0]["value"] + tables[1]["value"]) / 2, "status": status}
 
 
 METRICS: Registry[Metric] = Registry("metric")

@@ -3,11 +3,13 @@
 import queue
 import threading
 import traceback
+import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import ray
+from ray.exceptions import RayActorError
 
 WAITING = 4  # items that wait in a scorer; a faster trial is held back, so that predictions cannot flood the memory
 
@@ -21,9 +23,12 @@ class Failed:
     text: str  # the traceback, since it does not travel with the exception
 
 
-@ray.remote(max_concurrency=64)
+@ray.remote(max_concurrency=64, max_restarts=-1, max_task_retries=-1)
 class Scorer:
-    """Takes items into a bounded queue and works on them one by one in a thread of its own."""
+    """Takes items into a bounded queue and works on them one by one in a thread of its own.
+
+    Ray starts one again whose process died; what it held is lost, and its trials have no result.
+    """
 
     def __init__(self, work: Callable[[Any], None]) -> None:
         self._work = work
@@ -53,33 +58,59 @@ class Scorer:
                 self._items.task_done()
 
 
+class NoScorerError(RuntimeError):
+    """Every scorer was killed for good."""
+
+
 class Pool:
     """Scorers by number. Pickles to their handles, so that trials hold it."""
 
-    def __init__(self, actors: Sequence[Any]) -> None:
-        self.actors = tuple(actors)
+    def __init__(self, actors: Sequence[Any], make: Callable[[], Any] | None = None) -> None:
+        self.actors = list(actors)
+        self._make = make
+
+    def __getstate__(self) -> dict:
+        return {"actors": self.actors, "_make": None}
 
     @classmethod
     def start(cls, work: Callable[[Any], None], *, actors: int, cpus: float) -> "Pool":
         """Start the actors and wait for them: before the trials, or Tune's placement groups would capture them."""
         options = {"num_cpus": cpus, "runtime_env": {"env_vars": {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}}}
-        pool = cls([Scorer.options(name=f"scorer-{i}", **options).remote(work) for i in range(actors)])
+
+        def make() -> Any:
+            # Named for the dashboard; apart from each other, since a name stays taken for a moment after a kill.
+            return Scorer.options(name=f"scorer-{uuid.uuid4().hex[:8]}", **options).remote(work)
+
+        pool = cls([make() for _ in range(actors)], make)
         ray.get([actor.drain.remote() for actor in pool.actors])
         return pool
 
     def submit(self, name: str, item: Any, *, turn: int) -> None:
-        """Hand an item over; waits while the scorer's queue is full."""
-        ray.get(self.actors[turn % len(self.actors)].submit.remote(name, item))
+        """Hand an item over; waits while the scorer's queue is full. Another scorer takes it where one was killed."""
+        for i in range(len(self.actors)):
+            try:
+                return ray.get(self.actors[(turn + i) % len(self.actors)].submit.remote(name, item))
+            except RayActorError:
+                continue
+        raise NoScorerError(f"no scorer is left to take {name}")
 
     def drain(self) -> tuple[list[Failed], int]:
-        """Wait for all work; what failed, and how many actors died with what they held."""
+        """Wait for all work; what failed, and how many actors were killed for good, with what they held."""
         failed, dead = [], 0
         for answer in [actor.drain.remote() for actor in self.actors]:
             try:
                 failed += ray.get(answer)
-            except ray.exceptions.RayActorError:
+            except RayActorError:
                 dead += 1
         return failed, dead
+
+    def revive(self) -> None:
+        """Put new actors in the place of those that were killed for good."""
+        for i, actor in enumerate(self.actors):
+            try:
+                ray.get(actor.drain.remote())
+            except RayActorError:
+                self.actors[i] = self._make()
 
     def stop(self) -> None:
         """End the actors."""

@@ -41,6 +41,7 @@ def perturbray(
     training_control: str = "control",
     target_sum: float | None = None,
     cells: bool = True,
+    noise: str = "none",
 ) -> None:
     """Every metric of ``METRICS``, and with ``cells`` those of ``CELL_METRICS``.
 
@@ -48,7 +49,8 @@ def perturbray(
     ``auto``: own where the prediction brings control cells that are none of the observed ones. ``training`` is
     AnnData-like with the training cells: it gives the centre of ``delta_mean`` and the PCA; ``training_control`` is its
     label of control cells. ``failed="worst"`` scores a
-    condition without prediction as failed.
+    condition without prediction as failed. ``noise="control_residual"`` gives predicted cells the variance of control
+    cells (``with_control_noise``); it belongs to a comparison and holds for all of its models.
     """
     if failed not in ("error", "worst"):
         raise InputError(f"failed is 'error' or 'worst', not {failed!r}")
@@ -56,6 +58,10 @@ def perturbray(
     mean, space = _training(comparison, training, training_control)
     prediction = prediction_of(comparison, own=own, target_sum=target_sum, training_mean=mean, cells=cells, space=space)
     prediction = replace(prediction, weights=gene_weights(comparison))
+    if noise not in ("none", "control_residual"):
+        raise InputError(f"noise is 'none' or 'control_residual', not {noise!r}")
+    if noise == "control_residual":
+        prediction = with_control_noise(prediction)
     metrics = [*METRICS.values(), *MORE, *(CELL_METRICS.values() if cells else ())]
     scored = score_prediction(prediction, metrics)
     for metric in metrics:
@@ -71,6 +77,7 @@ def perturbray(
         "rank_error": {
             context: chance_error(int((comparison.context == i).sum())) for i, context in enumerate(comparison.contexts)
         },
+        "noise": noise,
         "pca_fitted_on": "training cells" if space is not None else "observed cells",
     }
 
@@ -112,6 +119,25 @@ def prediction_of(
         target_sum=target_sum or _target_sum(comparison.observed, controls),
         cells=sample,
     )
+
+
+def with_control_noise(prediction: Prediction) -> Prediction:
+    """Every predicted cell replaced by the predicted mean plus the residual of a control cell, clamped at 0.
+
+    A prediction without variance between cells makes every small bias significant; this gives all models the same
+    variance, so that tests and distributions compare their means and shapes of effect.
+    """
+    sample = prediction.cells
+    control = [dense(X) for X in sample.control]
+    residuals = [cells - cells.mean(axis=0) for cells in control]
+    signature = [signatures(X, prediction.genes) for X in sample.control]
+    cells = []
+    for row, code in enumerate(prediction.context):
+        order = shuffled(signature[code], "noise", *prediction.contexts[code], str(prediction.perturbation[row]))
+        chosen = np.resize(order, sample.predicted[row].shape[0])  # over again where there are more cells than controls
+        cells.append(np.maximum(prediction.predicted.mean[row] + residuals[code][chosen], 0))
+    form = sparse.csr_matrix if sparse.issparse(sample.control[0]) else np.asarray
+    return replace(prediction, cells=replace(sample, predicted=tuple(form(X) for X in cells)))
 
 
 def _draw(side: Cells, group: int, comparison: Comparison) -> Matrix:

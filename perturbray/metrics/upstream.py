@@ -94,12 +94,12 @@ def _perturbench_means(comparison: Comparison):
 
 def _perturbench_cells(comparison: Comparison, rows: np.ndarray, space) -> dict:
     """Cosine of mean PCA coordinates, and the half-scale V energy distance ("mmd") of cells in PCA and in genes."""
-    genes = [[side.of(group) for group in rows] for side in (comparison.predicted, comparison.observed)]
-    coordinates = [[space(cells) for cells in side] for side in genes]
-    means = [np.stack([cells.mean(axis=0) for cells in side]) for side in coordinates]
+    cells = [[side.X[side.rows(group)] for group in rows] for side in (comparison.predicted, comparison.observed)]
+    coordinates = [[space(X) for X in side] for side in cells]
+    means = [np.stack([X.mean(axis=0) for X in side]) for side in coordinates]
     distances = {
         aggregation: energy_matrix(*side, estimator="V", scale="half")
-        for aggregation, side in (("pca", coordinates), ("none", genes))
+        for aggregation, side in (("pca", coordinates), ("none", cells))
     }
     return {("cosine", "pca_average"): _pairs("cosine", *means)} | {
         ("mmd", aggregation): (np.diag(distance), distance) for aggregation, distance in distances.items()
@@ -181,14 +181,27 @@ def _discrimination(
     distance = SCORES[score].distance(predicted[:, None], observed[None])
     position = {gene: index for index, gene in enumerate(comparison.genes)}
     without = observed.copy()
+    norms = (observed**2).sum(axis=1)
     for k, name in enumerate(comparison.perturbation[rows]):
         gene = position.get(name)
-        if gene is not None:
-            row, kept = predicted[k].copy(), without[:, gene].copy()
-            row[gene], without[:, gene] = 0.0, 0.0
+        if gene is None:
+            continue
+        row, column = predicted[k].copy(), without[:, gene].copy()
+        row[gene], without[:, gene] = 0.0, 0.0
+        if score == "cosine":
+            distance[k] = _cosine_distances(row, without, norms - column**2, norms)
+        else:
             distance[k] = SCORES[score].distance(row[None, None], without[None])[0]
-            without[:, gene] = kept
+        without[:, gene] = column
     return 1 - ranks(distance, direction="pred", ties="position", exact=True, denominator="n")
+
+
+def _cosine_distances(row: np.ndarray, others: np.ndarray, norms: np.ndarray, before: np.ndarray) -> np.ndarray:
+    """1 − cosine of one vector to many whose squared norms are known up to cancellation against those ``before``."""
+    lost = norms < 1e-6 * before
+    norms[lost] = (others[lost] ** 2).sum(axis=1)
+    length = np.sqrt(norms * (row @ row))
+    return 1 - np.where(length > 0, others @ row / np.where(length > 0, length, 1), 0.0)
 
 
 def _edistance_correlation(comparison: Comparison, rows: np.ndarray, control: int) -> float:

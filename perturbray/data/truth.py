@@ -1,0 +1,165 @@
+"""Truth: what is observed of the evaluated conditions, computed once for all trials that are judged on the same cells."""
+
+import hashlib
+import itertools
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import sparse
+
+from perturbray.data.batches import MAX_CONTROLS, Cells
+from perturbray.data.dataset import Conditions
+from perturbray.data.splits import SUBSETS, TEST, Split
+from perturbray.errors import InputError
+from perturbray.prediction import Pseudobulk
+from perturbray.randomness import generator
+
+HALVINGS = 5  # times that cells are cut in two halves; the first serves the split control source
+
+
+@dataclass(frozen=True, kw_only=True)
+class Truth:
+    """Observed pseudobulks of a subset's conditions, of the control cells they are predicted from, and of their halves.
+
+    Halves are cut by cell name with a fixed seed, so they are the same for every trial, whatever the order of the rows.
+    """
+
+    genes: tuple[str, ...]
+    covariates: tuple[str, ...]
+    contexts: tuple[tuple[str, ...], ...]
+    rows: np.ndarray  # (conditions,) int64, codes in Conditions
+    context: np.ndarray  # (conditions,) int64
+    perturbation: np.ndarray  # (conditions,) str
+    observed: Pseudobulk  # (conditions, genes)
+    observed_halves: np.ndarray  # (halvings, 2, conditions, genes) float64; NaN where a half has no cell
+    observed_variance: np.ndarray  # (halvings, conditions, genes) float64, unbiased, of the second half
+    half_cells: np.ndarray  # (halvings, 2, conditions) int64
+    control_halves: np.ndarray  # (halvings, 2, contexts, genes) float64
+    control_variance: np.ndarray  # (halvings, contexts, genes) float64, unbiased, of the second half
+    control_rows: tuple[np.ndarray, ...]  # row numbers of each context's control cells, at most MAX_CONTROLS
+    control_weights: tuple[np.ndarray, ...]  # (halvings * 2, controls) float64 each: a row averages a half
+    observed_sample: tuple[sparse.csr_matrix, ...] = ()  # at most ``sample`` cells of each condition
+    control_sample: tuple[sparse.csr_matrix, ...] = ()  # and of each context's controls
+
+
+def digest(conditions: Conditions, split: Split, *, subset: int = TEST) -> str:
+    """The identity of a truth: which cells it rests on."""
+    kept = np.flatnonzero(split.cell == subset)
+    return hashlib.blake2b(kept.tobytes() + conditions.cell_condition[kept].tobytes(), digest_size=8).hexdigest()
+
+
+def control_rows(conditions: Conditions, split: Split, context: int, *, subset: int = TEST) -> np.ndarray:
+    """At most MAX_CONTROLS of a context's control cells of a subset, by cell name: the same for every trial."""
+    rows = split.cells(subset, conditions=conditions, controls=True)
+    rows = rows[conditions.context[conditions.cell_condition[rows]] == context]
+    rows = rows[np.argsort(conditions.cell_names[rows], kind="stable")]
+    if len(rows) > MAX_CONTROLS:
+        rng = generator(0, "prediction", SUBSETS[subset], *conditions.contexts[context])
+        rows = rows[np.sort(rng.choice(len(rows), MAX_CONTROLS, replace=False))]
+    return rows
+
+
+def observe(cells: Cells, conditions: Conditions, split: Split, *, subset: int = TEST, sample: int = 0) -> Truth:
+    """What is observed of a subset. ``sample``: cells of a condition kept for metrics of distributions; 0 keeps none.
+
+    Raises InputError for a context whose control cells cannot be cut in two.
+    """
+    rows = np.flatnonzero((split.condition == subset) & ~conditions.is_control)
+    position = np.full(len(conditions), -1)
+    position[rows] = np.arange(len(rows))
+    seen = split.cells(subset, conditions=conditions, controls=False)
+    seen = seen[np.argsort(conditions.cell_names[seen], kind="stable")]
+    seen = seen[position[conditions.cell_condition[seen]] >= 0]
+    code = position[conditions.cell_condition[seen]]
+    controls = [control_rows(conditions, split, context, subset=subset) for context in range(len(conditions.contexts))]
+    used = np.unique(conditions.context[rows])
+    for context in used:
+        if len(controls[context]) < 2:
+            raise InputError(
+                f"context {conditions.context_name(context)} has {len(controls[context])} {SUBSETS[subset]} control cell(s), "
+                "and scores need two that share none; raise split.min_controls"
+            )
+    condition_labels = [
+        (*conditions.contexts[conditions.context[row]], str(conditions.perturbation[row])) for row in rows
+    ]
+    half = np.stack([_cut(code, condition_labels, number) for number in range(HALVINGS)])
+    control_code = np.repeat(np.arange(len(controls)), [len(part) for part in controls])
+    flat = np.concatenate(controls)
+    labels = [("control", *context) for context in conditions.contexts]
+    control_half = np.stack([_cut(control_code, labels, number) for number in range(HALVINGS)])
+    means, counts, variance = _moments(cells, seen, code, half, groups=len(rows))
+    control_means, _, control_variance = _moments(cells, flat, control_code, control_half, groups=len(controls))
+    count = np.bincount(code, minlength=len(rows))
+    sums = cells.group_sums(seen, code, groups=len(rows))
+    starts = np.cumsum([0] + [len(part) for part in controls])
+    return Truth(
+        genes=conditions.genes,
+        covariates=conditions.covariates,
+        contexts=conditions.contexts,
+        rows=rows,
+        context=conditions.context[rows],
+        perturbation=conditions.perturbation[rows],
+        observed=Pseudobulk(mean=sums / np.maximum(count, 1)[:, None], cells=count),
+        observed_halves=means,
+        observed_variance=variance,
+        half_cells=counts,
+        control_halves=control_means,
+        control_variance=control_variance,
+        control_rows=tuple(controls),
+        control_weights=tuple(_weights(control_half[:, start:stop]) for start, stop in itertools.pairwise(starts)),
+        observed_sample=_sampled(cells, seen, code, condition_labels, sample) if sample else (),
+        control_sample=_sampled(cells, flat, control_code, labels, sample) if sample else (),
+    )
+
+
+def _cut(code: np.ndarray, labels: list[tuple[str, ...]], number: int) -> np.ndarray:
+    """Each cell's half, 0 or 1, of its group; cells come by name, so the draw does not know the order of the file."""
+    half = np.zeros(len(code), dtype=np.int8)
+    order = np.argsort(code, kind="stable")
+    starts = np.searchsorted(code[order], np.arange(len(labels) + 1))
+    for group, label in enumerate(labels):
+        members = order[starts[group] : starts[group + 1]]
+        shuffled = generator(number, "half", *label).permutation(members)
+        half[shuffled[: (len(members) + number % 2) // 2]] = 1  # an odd cell falls to either side in turn
+    return half
+
+
+def _moments(
+    cells: Cells, rows: np.ndarray, code: np.ndarray, half: np.ndarray, *, groups: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Means of both halves of every halving, their numbers of cells, and the variance of the second half."""
+    halvings = len(half)
+    means, variance = np.empty((halvings, 2, groups, cells.genes)), np.empty((halvings, groups, cells.genes))
+    counts = np.empty((halvings, 2, groups), dtype=np.int64)
+    total = cells.group_sums(rows, code, groups=groups)
+    every = np.bincount(code, minlength=groups)
+    for number in range(halvings):
+        second = half[number] == 1
+        counts[number, 1] = np.bincount(code[second], minlength=groups)
+        counts[number, 0] = every - counts[number, 1]
+        part = cells.group_sums(rows[second], code[second], groups=groups)
+        squares = cells.group_sums(rows[second], code[second], groups=groups, power=2)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            means[number] = np.stack([total - part, part]) / counts[number][:, :, None]
+            n = counts[number, 1][:, None]
+            variance[number] = np.maximum(squares - part**2 / n, 0) / (n - 1)
+    return means, counts, variance
+
+
+def _weights(half: np.ndarray) -> np.ndarray:
+    """(halvings * 2, cells): a row for each half that averages its cells."""
+    member = np.stack([half == 0, half == 1], axis=1).reshape(-1, half.shape[1]).astype(np.float64)
+    return member / np.maximum(member.sum(axis=1, keepdims=True), 1)
+
+
+def _sampled(
+    cells: Cells, rows: np.ndarray, code: np.ndarray, labels: list[tuple[str, ...]], size: int
+) -> tuple[sparse.csr_matrix, ...]:
+    """At most ``size`` cells of each group, by name and a fixed seed."""
+    found = []
+    for group, label in enumerate(labels):
+        members = rows[code == group]
+        if len(members) > size:
+            members = members[np.sort(generator(0, "sample", *label).choice(len(members), size, replace=False))]
+        found.append(cells.select(members))
+    return tuple(found)

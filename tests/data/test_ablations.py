@@ -1,0 +1,250 @@
+"""Laws of ablations: training shrinks as asked, in nested steps, and what is judged stays the same."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import screens
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from perturbray.data.ablations import ABLATIONS, Imbalance, PublishedImbalance, geometric_counts, imbalance
+from perturbray.data.splits import TEST, TRAIN, UNUSED, VAL, CovariateTransfer
+from perturbray.errors import InputError
+
+LEVELS = (0.0, 0.1, 0.2, 0.3)
+TASK = CovariateTransfer()
+
+
+@pytest.fixture(scope="module")
+def screen():
+    """The structure of sci-Plex 3, contexts of unequal size: line_b is the largest, then line_a."""
+    cells = screens.rectangle(3, 188) + [(("line_b",), "control")] * 9 + [(("line_a",), "control")] * 5
+    return screens.conditions_of(cells)
+
+
+def training(conditions, split, context: int) -> set[str]:
+    here = (split.condition == TRAIN) & ~conditions.is_control & (conditions.context == context)
+    return set(conditions.perturbation[here].tolist())
+
+
+@pytest.mark.parametrize(
+    ("counts", "value"),
+    [
+        ((188, 188, 188), 0.0),
+        ((188, 117, 50), 0.109),
+        ((188, 81, 30), 0.202),
+        ((188, 30, 30), 0.344),
+        ((189, 34, 34), 0.307),
+        ((60, 60, 60), 0.0),
+        ((97, 54, 29), 0.100),
+        ((114, 47, 19), 0.201),
+        ((127, 40, 13), 0.299),
+    ],
+)
+def test_imbalance_of_the_published_counts(counts, value):
+    assert imbalance(np.array(counts)) == pytest.approx(value, abs=6e-4)
+    assert imbalance(np.array(counts[::-1])) == pytest.approx(imbalance(np.array(counts)))
+    assert imbalance(np.array(counts) * 7) == pytest.approx(imbalance(np.array(counts)))
+
+
+def test_imbalance_is_one_where_one_context_has_all():
+    assert imbalance(np.array([5, 0, 0])) == 1.0
+    assert imbalance(np.array([5])) == imbalance(np.array([0, 0])) == 0.0
+
+
+def test_counts_are_geometric_with_a_floor():
+    assert geometric_counts(100, 0.5, contexts=4, minimum=2).tolist() == [100, 50, 25, 12]
+    assert geometric_counts(100, 0.1, contexts=4, minimum=2).tolist() == [100, 10, 2, 2]
+    assert geometric_counts(100, 1.0, contexts=3, minimum=2).tolist() == [100, 100, 100]
+
+
+@given(st.integers(2, 200), st.integers(2, 6), st.integers(1, 4), st.floats(0, 0.6))
+@settings(max_examples=60, deadline=None, derandomize=True)
+def test_solved_counts_have_the_imbalance_that_was_asked_for(base, contexts, minimum, level):
+    spec = Imbalance(level=level, minimum=minimum)
+    try:
+        counts = spec.solve(level, base=base, contexts=contexts)
+    except InputError:
+        assume(False)
+    assert abs(imbalance(counts) - level) <= spec.tolerance
+    assert counts[0] == base
+    assert (np.diff(counts) <= 0).all()
+    assert counts.min() >= min(minimum, base)
+
+
+@given(st.integers(3, 200), st.integers(2, 6), st.integers(1, 4), st.lists(st.floats(0, 0.5), min_size=2, max_size=2))
+@settings(max_examples=60, deadline=None, derandomize=True)
+def test_a_higher_level_has_no_more_of_any_context(base, contexts, minimum, levels):
+    try:
+        low, high = (
+            Imbalance(minimum=minimum, tolerance=1).solve(level, base=base, contexts=contexts) for level in sorted(levels)
+        )
+    except InputError:
+        assume(False)
+    assert (high <= low).all()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_levels_are_nested_and_judged_on_the_same_conditions(screen, seed):
+    plain = TASK.split(screen)
+    splits = {level: Imbalance(level=level).apply(screen, TASK, seed=seed) for level in LEVELS}
+    highest = splits[LEVELS[-1]]
+    for smaller, larger in zip(LEVELS[1:], LEVELS[:-1], strict=True):
+        for context in range(3):
+            assert training(screen, splits[smaller], context) <= training(screen, splits[larger], context)
+    in_training = set().union(*(training(screen, highest, context) for context in range(3)))
+    for level, split in splits.items():
+        for subset in (VAL, TEST):
+            common = (split.condition == subset) & (split.stratum == "common")
+            assert (common == ((highest.condition == subset) & (highest.stratum == "common"))).all()
+            assert set(screen.perturbation[common].tolist()) <= in_training
+            assert (plain.condition[common] == subset).all()
+        lost = split.stratum == "lost"
+        assert not set(screen.perturbation[lost].tolist()) & in_training
+        assert set(split.condition[lost].tolist()) <= {TEST, UNUSED}
+        # Not one condition that was to be tested is gone.
+        assert ((split.condition == TEST) == (plain.condition == TEST)).all()
+        assert abs(split.record["imbalance"] - level) <= Imbalance().tolerance
+        measured = [len(training(screen, split, context)) for context in range(3)]
+        assert imbalance(np.array(measured)) == pytest.approx(split.record["imbalance"])
+        assert split.record["training_perturbations"] == {f"line_{'abc'[c]}": measured[c] for c in range(3)}
+
+
+@given(st.integers(6, 14), st.integers(2, 4), st.integers(0, 50))
+@settings(max_examples=15, deadline=None, derandomize=True)
+def test_small_screens_keep_the_laws_too(perturbations, contexts, seed):
+    rng = np.random.default_rng(seed)
+    cells = [c for c in screens.rectangle(contexts, perturbations) if c[1] == "control" or rng.random() < 0.9]
+    conditions = screens.conditions_of(cells)
+    splits = []
+    for level in LEVELS:
+        ablation = Imbalance(level=level, tolerance=1.0)
+        try:
+            splits.append(ablation.apply(conditions, TASK, seed=seed))
+        except InputError:
+            assume(False)
+    for larger, smaller in zip(splits[:-1], splits[1:], strict=True):
+        assert not ((smaller.condition == TRAIN) & (larger.condition != TRAIN)).any()
+        for subset in (VAL, TEST):
+            assert ((larger.condition == subset) == (smaller.condition == subset)).all()
+        assert (larger.stratum == smaller.stratum).all()
+
+
+def test_a_test_condition_without_training_at_the_highest_level_is_in_a_stratum_of_its_own():
+    """At least one is certain to be lost where few training perturbations are left."""
+    conditions = screens.conditions_of(screens.rectangle(3, 30))
+    ablation = Imbalance(level=0.2, base=4, minimum=1, highest=0.2)
+    split = ablation.apply(conditions, TASK, seed=0)
+    lost = (split.condition == TEST) & (split.stratum == "lost")
+    assert lost.any()
+    trained = set().union(*(training(conditions, split, context) for context in range(3)))
+    tested = ~conditions.is_control & (TASK.split(conditions).condition == TEST)
+    assert (lost == tested & ~np.isin(conditions.perturbation, sorted(trained))).all()
+
+
+def test_another_seed_keeps_other_perturbations_and_the_same_task(screen):
+    first, second = (Imbalance(level=0.3).apply(screen, TASK, seed=seed) for seed in (0, 1))
+    assert training(screen, first, 2) != training(screen, second, 2)
+    held = np.isin(TASK.split(screen).condition, [TEST])
+    assert (first.condition[held] == second.condition[held]).all()
+
+
+@pytest.mark.parametrize(
+    "ablation", [Imbalance(level=0.3), PublishedImbalance(counts=(188, 30, 30))], ids=["imbalance", "published"]
+)
+def test_nothing_happens_to_controls(screen, ablation):
+    plain, split = TASK.split(screen), ablation.apply(screen, TASK, seed=0)
+    control = screen.is_control[screen.cell_condition]
+    assert (split.cell[control] == plain.cell[control]).all()
+    assert (split.condition[screen.is_control] == TRAIN).all()
+
+
+@pytest.mark.parametrize(
+    "ablation", [Imbalance(level=0.3), PublishedImbalance(counts=(188, 30, 30))], ids=["imbalance", "published"]
+)
+def test_cells_follow_their_condition(screen, ablation):
+    split = ablation.apply(screen, TASK, seed=0)
+    perturbed = ~screen.is_control[screen.cell_condition]
+    assert (split.cell[perturbed] == split.condition[screen.cell_condition[perturbed]]).all()
+    assert (split.cell == UNUSED).any()
+
+
+def test_a_level_out_of_reach_is_refused_with_the_range_there_is(screen):
+    with pytest.raises(InputError, match=r"ablation\.level=0\.95: this screen reaches imbalance 0\.000 to 0\.\d+ \(3 con"):
+        Imbalance(level=0.95).apply(screen, TASK, seed=0)
+
+
+def test_a_highest_level_out_of_reach_is_refused_by_its_own_name(screen):
+    with pytest.raises(InputError, match=r"ablation\.highest=0\.95: this screen reaches imbalance"):
+        Imbalance(level=0.1, highest=0.95).apply(screen, TASK, seed=0)
+
+
+def test_one_context_has_no_imbalance():
+    with pytest.raises(InputError, match="at least two contexts"):
+        Imbalance().solve(0.1, base=10, contexts=1)
+
+
+def test_a_base_that_a_context_does_not_have_is_refused_by_name(screen):
+    with pytest.raises(InputError, match=r"ablation\.base=150: context line_\w has only 132 training perturbations"):
+        Imbalance(base=150).apply(screen, TASK, seed=0)
+
+
+def test_contexts_shrink_in_the_stated_order(screen):
+    default = Imbalance(level=0.2).apply(screen, TASK, seed=0).record["training_perturbations"]
+    assert list(default) == ["line_b", "line_a", "line_c"], "by cells"
+    stated = Imbalance(level=0.2, order=("line_c", "line_a", "line_b")).apply(screen, TASK, seed=0)
+    found = stated.record["training_perturbations"]
+    assert list(found) == ["line_c", "line_a", "line_b"]
+    assert list(found.values()) == list(default.values()) == sorted(default.values(), reverse=True)
+
+
+@pytest.mark.parametrize(
+    ("order", "message"),
+    [
+        (("line_c", "line_a", "lime_b"), "no context 'lime_b'; did you mean 'line_b'"),
+        (("line_c", "line_a"), "must name every context once: line_a, line_b, line_c"),
+        (("line_c", "line_a", "line_a"), "must name every context once"),
+    ],
+)
+def test_an_order_that_does_not_fit_is_refused(screen, order, message):
+    with pytest.raises(InputError, match=message):
+        Imbalance(order=order).apply(screen, TASK, seed=0)
+
+
+def test_published_triples_drop_and_then_split_so_that_the_test_set_shrinks(screen):
+    splits = [PublishedImbalance(counts=counts).apply(screen, TASK, seed=0) for counts in PublishedImbalance.LEVELS]
+    for counts, split in zip(PublishedImbalance.LEVELS, splits, strict=True):
+        used = [(split.condition != UNUSED) & ~screen.is_control & (screen.context == c) for c in (1, 0, 2)]
+        assert tuple(int(rows.sum()) for rows in used) == counts
+        assert split.record["imbalance"] == imbalance(np.array(counts))
+    plain = TASK.split(screen)
+    assert (splits[0].condition == plain.condition).all()
+    assert (splits[0].cell == plain.cell).all()
+    tests = [int((split.condition == TEST).sum()) for split in splits]
+    assert tests == sorted(tests, reverse=True)
+    assert len(set(tests)) == 4
+    used = [set(np.flatnonzero(split.condition != UNUSED)) for split in splits]
+    assert used[0] > used[1] > used[2] > used[3]
+
+
+@pytest.mark.parametrize(
+    ("counts", "message"),
+    [
+        ((188, 30), r"is for 2 contexts; this screen has 3"),
+        ((188, 189, 30), r"context line_a has 188 perturbations, not 189"),
+    ],
+)
+def test_published_counts_that_do_not_fit_are_refused(screen, counts, message):
+    with pytest.raises(InputError, match=message):
+        PublishedImbalance(counts=counts).apply(screen, TASK, seed=0)
+
+
+@pytest.mark.parametrize("name", ABLATIONS)
+def test_every_registered_ablation_is_frozen_and_a_function_of_its_fields_and_the_seed(name, screen):
+    spec = ABLATIONS[name]()
+    hash(spec)
+    first, second = (replace(spec).apply(screen, TASK, seed=3) for _ in range(2))
+    assert (first.condition == second.condition).all()
+    assert (first.cell == second.cell).all()
+    assert {TRAIN, VAL, TEST} <= set(first.condition.tolist())

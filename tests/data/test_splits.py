@@ -1,0 +1,260 @@
+"""Laws of splits, over designs as unbalanced as they come: nothing is lost, nothing leaks, and only the seed decides."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import screens
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from perturbray.data.splits import SPLITS, SUBSETS, TEST, TRAIN, UNUSED, VAL, CovariateTransfer, Split, cut_controls
+from perturbray.errors import InputError
+
+LABELS = ("KO", "KO_1", "KO_1_2", "1_2", "A+B", "B+C_1", "A", "B", "γ", "drug / 2", "train", "test")
+VALUES = ("a", "a_b", "b", "b_c", "K562", "K562 / a", "x+y", "control")
+
+
+@st.composite
+def designs(draw) -> list[screens.Cell]:
+    """Cells of a screen: contexts of one or two covariates, missing pairs, few cells, labels that tempt a parser."""
+    width = draw(st.integers(1, 2))
+    contexts = draw(st.lists(st.tuples(*[st.sampled_from(VALUES)] * width), min_size=2, max_size=5, unique=True))
+    labels = draw(st.lists(st.sampled_from(LABELS), min_size=1, max_size=9, unique=True))
+    cells: list[screens.Cell] = []
+    for context in contexts:
+        cells += [(context, "control")] * draw(st.integers(3, 12))
+        for label in labels:
+            cells += [(context, label)] * draw(st.sampled_from([0, 1, 1, 1, 3]))
+    cells += [(contexts[0], labels[0]), (contexts[1], labels[0])]  # something that can be held out
+    return draw(st.permutations(cells)) if len(cells) < 60 else cells
+
+
+@st.composite
+def tasks(draw) -> CovariateTransfer:
+    return CovariateTransfer(
+        fraction=draw(st.sampled_from([0.1, 0.3, 0.5, 0.9])),
+        max_contexts=draw(st.integers(1, 3)),
+        min_train_contexts=draw(st.integers(1, 2)),
+        controls=draw(st.sampled_from([(0.5, 0.25, 0.25), (0.8, 0.1, 0.1), (0.5, 0.5, 0.0), (0.0, 0.4, 0.6)])),
+        seed=draw(st.integers(0, 1000)),
+    )
+
+
+def by_name(conditions, split: Split) -> tuple[dict, dict]:
+    """The subset of every condition and of every cell, in words."""
+    of_condition = {pair: SUBSETS[code] for pair, code in zip(conditions, split.condition, strict=True)}
+    of_cell = {n: SUBSETS[code] for n, code in zip(conditions.cell_names.tolist(), split.cell, strict=True)}
+    return of_condition, of_cell
+
+
+def admits(conditions, task: CovariateTransfer) -> bool:
+    """Whether any condition can be held out, said in another way than the splitter says it."""
+    for context in range(len(conditions.contexts)):
+        here = conditions.perturbation[(conditions.context == context) & ~conditions.is_control]
+        often = [(conditions.perturbation == label).sum() > task.min_train_contexts for label in here]
+        if round(task.fraction * len(here)) >= 1 and any(often):
+            return True
+    return False
+
+
+@given(designs(), tasks())
+@settings(max_examples=80, deadline=None, derandomize=True)
+def test_every_split_keeps_the_laws(cells, task):
+    conditions = screens.conditions_of(cells)
+    if not admits(conditions, task):
+        with pytest.raises(InputError, match="no condition can be held out"):
+            task.split(conditions)
+        return
+    split = task.split(conditions)
+    perturbed, control = ~conditions.is_control, conditions.is_control
+    of_cell = conditions.cell_condition
+
+    # Nothing is lost, and nothing stands in two sets.
+    assert not (split.condition == UNUSED).any()
+    assert not (split.cell == UNUSED).any()
+    parts = [split.cells(s, conditions=conditions, controls=c) for s in range(4) for c in (False, True)]
+    assert sorted(np.concatenate(parts)) == list(range(len(of_cell)))
+    assert (split.cell[perturbed[of_cell]] == split.condition[of_cell[perturbed[of_cell]]]).all()
+    assert (split.condition[control] == TRAIN).all()
+
+    held = perturbed & (split.condition != TRAIN)
+    assert held.any()
+    for label in set(conditions.perturbation[held]):
+        here = perturbed & (conditions.perturbation == label)
+        assert (here & ~held).sum() >= task.min_train_contexts
+        assert (here & held).sum() <= task.max_contexts
+
+    for context in range(len(conditions.contexts)):
+        here = conditions.context == context
+        # Every context has controls in every set.
+        rows = np.flatnonzero((control & here)[of_cell])
+        assert {TRAIN, VAL, TEST} == set(split.cell[rows].tolist())
+        # No more is held out than was asked for, and half of it is for either purpose; a lone one goes to test.
+        n, val, test = ((held & here).sum(), *((here & perturbed & (split.condition == s)).sum() for s in (VAL, TEST)))
+        assert n <= round(task.fraction * (here & perturbed).sum())
+        assert n == val + test
+        assert (val, test) == (0, 1) if n == 1 else abs(val - test) <= 1
+
+    counts = split.record["counts"]
+    assert list(counts) == [conditions.context_name(c) for c in range(len(conditions.contexts))]
+    assert sum(sum(row[0] for row in of.values()) for of in counts.values()) == perturbed.sum()
+    assert sum(sum(row[1] + row[2] for row in of.values()) for of in counts.values()) == len(of_cell)
+
+
+@given(designs(), tasks(), st.randoms(use_true_random=False))
+@settings(max_examples=20, deadline=None, derandomize=True)
+def test_neither_order_of_rows_nor_of_categories_changes_a_split(cells, task, random):
+    names = [f"cell_{i:05d}" for i in range(len(cells))]
+    conditions = screens.conditions_of(cells, names=names)
+    if not admits(conditions, task):
+        return
+    order = random.sample(range(len(cells)), len(cells))
+    other = screens.conditions_of(
+        [cells[i] for i in order],
+        names=[names[i] for i in order],
+        categories=lambda values: ["unused", *sorted(set(values), reverse=True)],
+    )
+    assert by_name(other, task.split(other)) == by_name(conditions, task.split(conditions))
+
+
+def test_one_context_admits_no_transfer():
+    conditions = screens.conditions_of(screens.rectangle(1, 5))
+    with pytest.raises(InputError, match=r"1 context\(s\) \(line_a\).*needs perturbations measured in two contexts"):
+        CovariateTransfer().split(conditions)
+
+
+def test_a_context_of_one_perturbation_keeps_it_and_its_controls():
+    cells = [*screens.rectangle(2, 10), *[(("lone",), "control")] * 3, (("lone",), "drug_000")]
+    conditions = screens.conditions_of(cells)
+    split = CovariateTransfer().split(conditions)
+    of_condition, _ = by_name(conditions, split)
+    assert of_condition[("lone",), "drug_000"] == "train"
+    assert split.record["counts"]["lone"] == {
+        "unused": [0, 0, 0],
+        "train": [1, 1, 1],
+        "val": [0, 0, 1],
+        "test": [0, 0, 1],
+    }
+
+
+def test_a_context_with_too_few_controls_is_refused_by_name():
+    cells = [*screens.rectangle(2, 10), *[(("lone",), "control")] * 2, (("lone",), "drug_000")]
+    with pytest.raises(InputError, match="context lone has 2 control cells; 1 in each of train, validation and test"):
+        CovariateTransfer().split(screens.conditions_of(cells))
+
+
+@given(
+    st.integers(1, 60),
+    st.integers(1, 6),
+    st.tuples(st.integers(0, 9), st.integers(0, 9), st.integers(0, 9)).filter(any),
+)
+@settings(max_examples=60, deadline=None, derandomize=True)
+def test_controls_are_cut_by_their_shares_with_the_least_in_each(number, least, weights):
+    conditions = screens.conditions_of([(("a",), "control")] * number + [(("a",), "x")])
+    shares = tuple(w / sum(weights) for w in weights)
+    cell = np.zeros(number + 1, dtype=np.int8)
+    if number < 3 * least:
+        with pytest.raises(InputError, match=f"context a has {number} control cells"):
+            cut_controls(cell, conditions, shares=shares, least=least, seed=0)
+        return
+    cut_controls(cell, conditions, shares=shares, least=least, seed=0)
+    sizes = np.bincount(cell[:number], minlength=4)
+    assert sizes[UNUSED] == 0
+    assert sizes[1:].min() >= least
+    if number * min(shares) >= least:
+        assert np.abs(sizes[1:] - number * np.array(shares)).max() <= 1.5
+
+
+def test_the_seed_decides_and_one_seed_is_one_split():
+    conditions = screens.conditions_of(screens.rectangle(3, 20))
+    splits = [CovariateTransfer(seed=seed).split(conditions) for seed in (1, 1, 2)]
+    assert (splits[0].condition == splits[1].condition).all()
+    assert (splits[0].cell == splits[1].cell).all()
+    assert (splits[0].condition != splits[2].condition).any()
+    assert (splits[0].cell != splits[2].cell).any()
+
+
+SCRIPT = """
+import json, sys
+from perturbray.data.dataset import DatasetSpec
+from perturbray.data.splits import CovariateTransfer
+conditions = DatasetSpec(path=sys.argv[1], covariates=("line", "drug")).conditions()
+split = CovariateTransfer(fraction=0.5, max_contexts=3).split(conditions)
+print(json.dumps([split.condition.tolist(), split.cell.tolist(), split.record]))
+"""
+
+
+def test_a_split_does_not_depend_on_the_hash_seed(tmp_path):
+    pairs = [(line, drug) for line in ("a", "b", "c_d") for drug in ("none", "a", "c_d")]
+    labels = ["control"] * 5 + ["KO_1", "KO_1_2", "x+y", "y", "a", "b", "c"]
+    lines, drugs, conditions = zip(*[(*pair, label) for pair in pairs for label in labels], strict=True)
+    path = screens.write(tmp_path / "screen.h5ad", {"line": lines, "drug": drugs, "condition": conditions})
+    runs = [
+        subprocess.Popen(
+            [sys.executable, "-c", SCRIPT, str(path)],
+            stdout=subprocess.PIPE,
+            env={**os.environ, "PYTHONHASHSEED": seed},
+            text=True,
+        )
+        for seed in ("0", "1", "42")
+    ]
+    found = [run.communicate()[0] for run in runs]
+    assert [run.returncode for run in runs] == [0, 0, 0]
+    assert len(set(found)) == 1
+    assert {TRAIN, VAL, TEST} == set(json.loads(found[0])[0])
+
+
+def test_every_perturbation_has_the_same_chance_of_being_held_out():
+    """188 x 3 over 100 seeds: 56 a line, each perturbation 89.4 times give or take (spec of the splitter)."""
+    conditions = screens.conditions_of(screens.rectangle(3, 188, controls=3))
+    perturbed = ~conditions.is_control
+    labels, code = np.unique(conditions.perturbation[perturbed], return_inverse=True)
+    times = np.zeros((3, 188), dtype=int)
+    for seed in range(100):
+        held = CovariateTransfer(seed=seed).split(conditions).condition[perturbed] != TRAIN
+        here = np.zeros_like(times)
+        np.add.at(here, (conditions.context[perturbed][held], code[held]), 1)
+        assert here.sum(axis=1).tolist() == [56, 56, 56]
+        assert here.sum(axis=0).max() == 1
+        times += here
+    assert len(labels) == 188
+
+    def within_four_standard_errors(count, chance):
+        assert np.abs(count - 100 * chance).max() < 4 * np.sqrt(100 * chance * (1 - chance))
+
+    within_four_standard_errors(times.sum(axis=0), 168 / 188)
+    within_four_standard_errors(times, 56 / 188)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"fraction": 0.0}, r"split\.fraction=0\.0"),
+        ({"fraction": 1.0}, r"split\.fraction=1\.0"),
+        ({"controls": (0.5, 0.5)}, r"split\.controls=\(0\.5, 0\.5\): three shares"),
+        ({"controls": (0.5, 0.3, 0.3)}, "sum to 1"),
+        ({"controls": (1.5, -0.25, -0.25)}, "three shares"),
+        ({"min_controls": 0}, r"split\.min_controls=0: at least 1"),
+        ({"max_contexts": 0}, r"split\.max_contexts=0: at least 1"),
+    ],
+)
+def test_an_impossible_task_is_refused_by_its_field(fields, message):
+    with pytest.raises(InputError, match=message):
+        CovariateTransfer(**fields)
+
+
+@pytest.mark.parametrize("name", SPLITS)
+def test_every_registered_split_is_frozen_and_splits_what_the_synthetic_screen_has(name, lab):
+    spec = SPLITS[name]()
+    assert spec == SPLITS[name]()
+    hash(spec)
+    split = spec.split(lab.conditions)
+    assert split.condition.shape == split.stratum.shape == (len(lab.conditions),)
+    assert set(split.condition.tolist()) >= {TRAIN, TEST}
+    for context in range(len(lab.conditions.contexts)):
+        controls = np.flatnonzero(lab.conditions.is_control & (lab.conditions.context == context))
+        assert (split.cell[np.isin(lab.conditions.cell_condition, controls)] == TRAIN).any()
