@@ -59,7 +59,7 @@ class Sweep:
         trials = [
             replace(t, training=replace(t.training, epochs=min(t.training.epochs, SMOKE_EPOCHS))) for t in self.trials
         ]
-        ablations = list(dict.fromkeys(t.ablation for t in trials))
+        ablations = sorted(dict.fromkeys(t.ablation for t in trials), key=lambda a: getattr(a, "level", 0))
         kept = {ablations[0], ablations[-1]}
         trials = [t for t in trials if t.seed == seed and t.ablation in kept]
         return replace(self, name=f"{self.name}-smoke", trials=tuple(trials))

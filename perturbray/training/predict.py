@@ -6,8 +6,9 @@ import numpy as np
 import torch
 
 from perturbray.data.batches import Batch, BatchStream
-from perturbray.data.splits import TEST
+from perturbray.data.splits import SUBSETS, TEST
 from perturbray.data.vocabulary import Vocabulary
+from perturbray.errors import InputError
 from perturbray.models.base import Model
 from perturbray.prediction import Prediction, Pseudobulk
 
@@ -33,6 +34,9 @@ def predict(
     for context in range(len(conditions.contexts)):
         chosen = stream.controls(context, subset)
         if not len(chosen):
+            if (conditions.context[rows] == context).any():
+                name = conditions.context_name(context)
+                raise InputError(f"context {name} has no control cells in {SUBSETS[subset]} to predict from")
             continue
         batch = stream.batch(chosen, None)
         batch = replace(batch, control=batch.expression, expression=None)
