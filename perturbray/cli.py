@@ -194,11 +194,11 @@ def _run(sweep: "Sweep", folder: Path, arguments: argparse.Namespace, plugins: t
 
 
 def _print_plan(plan, terminal) -> None:
-    from rich.table import Table
+    from rich.text import Text
 
-    done, failed = plan.finished(), None
     from perturbray.results.table import failed as failures
 
+    done = plan.finished()
     failed = failures(plan.folder) if plan.folder.is_dir() else {}
     for spec, conditions in plan.conditions.items():
         terminal.line(
@@ -206,13 +206,13 @@ def _print_plan(plan, terminal) -> None:
             f"{len(conditions.perturbations)} perturbations, {len(conditions.contexts)} contexts; "
             f"{plan.normalisation(spec).text}"
         )
-    board = Table(box=None, padding=(0, 2), header_style="bold")
-    for name in ("key", "trial", "state"):
-        board.add_column(name, no_wrap=True)
+    width = max(len(trial.name) for trial in plan.trials.values())
+    rows = [(f"{'key':16}  {'trial':{width}}  state", "bold")]
     for key, trial in plan.trials.items():
         state = "done" if key in done else "failed before, to run" if key in failed else "to run"
-        board.add_row(key, trial.name, state, style="dim" if key in done else "")
-    terminal.console.print(board)
+        rows.append((f"{key}  {trial.name:{width}}  {state}", "dim" if key in done else ""))
+    for row, style in rows:  # not a table, which would cut keys and names where the output is narrow
+        terminal.console.print(Text(f"  {row}", style=style), soft_wrap=True)
     terminal.line(
         f"{len(plan.trials)} trials: {len(done)} done, {len(plan.trials) - len(done)} to run, in {plan.folder}"
     )

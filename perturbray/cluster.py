@@ -4,6 +4,7 @@ import math
 import os
 import secrets
 import signal
+import socket
 import stat
 import sys
 import warnings
@@ -73,6 +74,8 @@ def connect(address: str | None = None) -> Iterator[Cluster]:
         return
     if early:
         ray._raylet.Config.initialize("")  # read it again, or this process and Ray's disagree about the token
+    if address is not None:
+        _check_address(address)
     options = {"log_to_driver": False, "logging_level": "ERROR"}
     if address is None:
         options |= {"address": "local", "include_dashboard": True}  # without "local" Ray joins whatever runs here
@@ -84,13 +87,25 @@ def connect(address: str | None = None) -> Iterator[Cluster]:
         try:
             context = ray.init(**options)
         except ConnectionError as error:
-            raise InputError(f"--address {address}: no Ray cluster answers there ({error})") from error
+            reason = str(error).splitlines()[0]
+            raise InputError(f"--address {address}: no Ray cluster answers there ({reason})") from error
     if callable(terminate):
         signal.signal(signal.SIGTERM, terminate)  # Ray puts its own handler in the place of the command line's
     try:
         yield _describe(context.dashboard_url or "", token)
     finally:
         ray.shutdown()
+
+
+def _check_address(address: str) -> None:
+    """Raise InputError where nothing listens at host:port; Ray itself tries for minutes. Other forms are left to it."""
+    host, separator, port = address.rpartition(":")
+    if not separator or "/" in host or not port.isdigit():
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+    except (OSError, OverflowError) as error:
+        raise InputError(f"--address {address}: no Ray cluster answers there ({error})") from None
 
 
 def _describe(dashboard: str, token: str) -> Cluster:

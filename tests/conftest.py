@@ -21,7 +21,7 @@ os.environ.update(
 
 
 @pytest.fixture(scope="session", autouse=True)
-def cache():
+def own_cache():
     """No test reads or writes the user's cache."""
     with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory(prefix="perturbray-tests-") as folder:
         patch.setenv("PERTURBRAY_CACHE", folder)
@@ -29,7 +29,7 @@ def cache():
 
 
 @pytest.fixture(scope="session")
-def ray_session(cache):
+def ray_session(own_cache):
     """Two CPUs that all tests share; `cluster.connect` uses a Ray that is there."""
     import ray
 

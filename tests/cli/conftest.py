@@ -1,16 +1,15 @@
 """The command line as a user meets it, in this process where that is enough."""
 
-import importlib.util
-import os
+import runpy
 import signal
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
-SCRIPT = ROOT / "sweeps" / "imbalance.py"
+SCRIPT = Path(__file__).parents[2] / "sweeps" / "imbalance.py"
 
 
 @dataclass(frozen=True)
@@ -22,51 +21,28 @@ class Ended:
     err: str
 
 
-@pytest.fixture(scope="session")
-def script():
-    """sweeps/imbalance.py as a module."""
-    spec = importlib.util.spec_from_file_location("imbalance_script", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture
-def command(script, monkeypatch, capsys, tmp_path):
-    """Runs `python sweeps/imbalance.py ...`, or another entry, in this process."""
-    from perturbray import cli
+def command(monkeypatch, capsys, tmp_path):
+    """Runs `python sweeps/imbalance.py WORDS`, or another entry point, in an empty working folder."""
+    work = tmp_path / "work"
+    work.mkdir()
+    monkeypatch.chdir(work)
 
-    monkeypatch.chdir(tmp_path)
-
-    def run(*words, entry=None) -> Ended:
+    def run(*words: object, entry: Callable[[], None] | None = None) -> Ended:
         monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, words)])
         before = signal.getsignal(signal.SIGTERM)
         try:
             with pytest.raises(SystemExit) as end:
-                (entry or (lambda: cli.main(script.imbalance, flags={"published": "the published triples"})))()
+                entry() if entry else runpy.run_path(str(SCRIPT), run_name="__main__")
         finally:
             signal.signal(signal.SIGTERM, before)
-        captured = capsys.readouterr()
-        return Ended(end.value.code, captured.out, captured.err)
+        printed = capsys.readouterr()
+        return Ended(end.value.code, printed.out, printed.err)
 
     return run
 
 
 @pytest.fixture
-def roles():
-    """No flag is needed for the columns of a synthetic screen; the small one reaches other levels than the default."""
-    return ["--grid", "ablation.level=0,0.2", "--set", "ablation.highest=0.2"]
-
-
-@pytest.fixture
-def locked(tmp_path):
-    """A folder that nobody can write to, root included."""
-    for place in (Path("/proc/self"), Path("/sys/kernel")):
-        if place.is_dir():
-            return place / "results"
-    folder = tmp_path / "locked"
-    folder.mkdir(mode=0o500)
-    if os.access(folder, os.W_OK):
-        pytest.skip("nothing is locked for this user")
-    return folder / "results"
+def small(small_screen) -> list[str]:
+    """The small screen, and levels that its twelve perturbations reach."""
+    return ["--data", str(small_screen), "--set", "ablation.highest=0.2", "--grid", "ablation.level=0,0.2"]

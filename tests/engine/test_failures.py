@@ -3,7 +3,6 @@
 import json
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
@@ -119,11 +118,13 @@ def test_failures_are_named_and_do_not_stop_the_others_and_are_tried_again(ray_s
     assert "while scoring trial" in told(scored)
     assert "in evaluate" in told(scored)
 
-    records = {record["name"]: record for record in map(json.loads, map(Path.read_text, tmp_path.glob("*.failed.json")))}
+    records = [json.loads(path.read_text()) for path in tmp_path.glob("*.failed.json")]
+    records = {record["name"]: record for record in records}
     assert set(records) == {"broken, seed 0", "no_change, seed 0"}
     assert records["broken, seed 0"]["error"] == "ValueError: this model cannot be fitted"
     assert 'raise ValueError("this model cannot be fitted")' in records["broken, seed 0"]["traceback"]
-    assert len(before := small.stamps(tmp_path)) == 3, "two trials and the reference"
+    before = small.stamps(tmp_path)
+    assert len(before) == 3, "two trials and the reference"
 
     mended = small.plugin(BROKEN.replace('raise ValueError("this model cannot be fitted")', "pass"))
     ran, plan = small.run(sweep(small.METRICS), tmp_path, plugins=[mended], events=(events := small.Record()))

@@ -117,7 +117,7 @@ def test_scoring_inline_gives_the_table_of_the_pool_to_the_last_digit(finished, 
 def test_two_runs_give_equal_tables_and_the_file_is_opened_as_often_for_two_trials_as_for_six(
     finished, tmp_path, small_screen
 ):
-    folder, plan, opened = finished
+    folder, _, opened = finished
     two = small.sweep(small_screen, models=small.MODELS[1:])
     with Opens(small_screen) as opens:
         ran, again = small.run(two, tmp_path / "small")

@@ -1,0 +1,249 @@
+"""Kills of the command that runs a sweep: what was finished stays, what was in flight is run again, nothing else is lost."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import small
+from pandas.testing import assert_frame_equal
+
+from perturbray.results import table
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parents[2]
+HANG = 400  # seconds
+ORPHANS = 240  # seconds; Ray's agents look for their parent once a minute
+TRIALS = 16
+
+SIGKILL_ONCE = """
+import os
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+
+import perturbray as pr
+
+
+@pr.MODELS.register("mortal")
+@dataclass(frozen=True, kw_only=True)
+class Mortal(pr.ModelSpec):
+    flag: str = ""
+
+    def build(self, vocabulary):
+        if not Path(self.flag).exists():
+            Path(self.flag).touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return MortalNet(vocabulary)
+
+
+class MortalNet(pr.Model):
+    def predict(self, batch):
+        return batch.control
+"""
+
+
+@dataclass
+class Command:
+    """`python sweeps/imbalance.py` on the small screen, in a session of its own."""
+
+    screen: Path
+    results: Path
+
+    @property
+    def folder(self) -> Path:
+        return self.results / f"imbalance-{self.screen.stem}"
+
+    def start(self) -> subprocess.Popen:
+        words = ["--data", self.screen, "--results", self.results, "--set", "ablation.highest=0.2"]
+        words += ["--grid", "ablation.level=0,0.2", "--grid", "seed=0", "--set", "training.epochs=15"]
+        log = open(self.results.with_suffix(".log"), "a")  # noqa: SIM115  # the process keeps it
+        with log:
+            return subprocess.Popen(
+                [sys.executable, str(ROOT / "sweeps" / "imbalance.py"), *map(str, words)],
+                env={**os.environ, "PYTHONPATH": str(ROOT)},
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+
+    def finish(self, process: subprocess.Popen) -> tuple[int, str]:
+        """The exit code, and all that was said so far by this and earlier runs."""
+        return process.wait(timeout=HANG), self.log()
+
+    def run(self) -> tuple[int, str]:
+        return self.finish(self.start())
+
+    def log(self) -> str:
+        return self.results.with_suffix(".log").read_text()
+
+    def finished(self) -> set[str]:
+        return table.finished(self.folder)
+
+    def start_until(self, trials: int, delay: float) -> subprocess.Popen:
+        """Start, and return a moment after so many trials are finished."""
+        process = self.start()
+        wait(lambda: len(self.finished()) >= trials or process.poll() is not None)
+        assert process.poll() is None, self.log()
+        time.sleep(delay)
+        return process
+
+
+def wait(condition: Callable[[], bool], seconds: float = HANG) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.05)
+
+
+def family(process: int) -> set[tuple[int, str]]:
+    """A process and its descendants, each with the time that it started, by which a number used again is told."""
+    parents, started = {}, {}
+    for place in Path("/proc").iterdir():
+        if place.name.isdigit():
+            try:
+                fields = (place / "stat").read_text().rpartition(")")[2].split()
+            except OSError:
+                continue
+            parents[int(place.name)], started[int(place.name)] = int(fields[1]), fields[19]
+    found = {process}
+    while more := {child for child, parent in parents.items() if parent in found} - found:
+        found |= more
+    return {(one, started[one]) for one in found if one in started}
+
+
+def alive(processes: set[tuple[int, str]]) -> set[tuple[int, str]]:
+    left = set()
+    for number, started in processes:
+        try:
+            fields = Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if fields[19] == started and fields[0] != "Z":
+            left.add((number, started))
+    return left
+
+
+def whole(folder: Path) -> bool:
+    """Whether every file of the folder is one that a reader knows; temporary files of a killed writer are hidden."""
+    known = (".parquet", ".json", ".html", ".svg", ".png", ".csv")
+    return all(p.suffix in known for p in folder.iterdir() if p.is_file() and not p.name.startswith("."))
+
+
+def unchanged(folder: Path, *, since: dict[str, tuple[int, int]]) -> dict[str, tuple[int, int]]:
+    """The finished trials' files; those of before are the same files, or their trials were run again."""
+    now = {name: stamp for name, stamp in small.stamps(folder).items() if name != table.REFERENCE}
+    assert since.items() <= now.items(), "a finished trial was run again"
+    return now
+
+
+@pytest.fixture
+def command(small_screen, tmp_path):
+    return Command(small_screen, tmp_path / "results")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(small_screen, tmp_path_factory):
+    """The folder of a run that nothing disturbed."""
+    command = Command(small_screen, tmp_path_factory.mktemp("uninterrupted") / "results")
+    code, log = command.run()
+    assert code == 0, log
+    assert len(command.finished()) == TRIALS
+    return command.folder
+
+
+def test_a_sweep_that_is_killed_again_and_again_ends_with_the_table_of_an_undisturbed_one(command, uninterrupted):
+    moment = random.Random(0)
+    stored: dict[str, tuple[int, int]] = {}
+    left: set[tuple[int, str]] = set()
+    for first, last in ((None, None), (1, 4), (5, 9), (10, 13)):
+        if first is None:
+            process = command.start()
+            wait(lambda: "reading" in command.log())
+        else:
+            process = command.start_until(moment.randint(first, last), delay=moment.uniform(0, 1))
+        left |= family(process.pid)
+        process.kill()
+        process.wait()
+        stored = unchanged(command.folder, since=stored)
+        table.read(command.folder, keys=command.finished())  # whatever is there can be read
+
+    code, log = command.run()
+    assert code == 0, log
+    wait(lambda: not alive(left), ORPHANS)
+    assert 10 <= len(stored) < TRIALS
+    assert f"{len(stored)} finished before, {TRIALS - len(stored)} to run" in log
+    assert len(unchanged(command.folder, since=stored)) == TRIALS
+    assert_frame_equal(small.stable(command.folder), small.stable(uninterrupted), check_exact=True)
+
+
+def test_a_sweep_that_is_interrupted_says_so_and_goes_on(command, uninterrupted):
+    stored: dict[str, tuple[int, int]] = {}
+    left: set[tuple[int, str]] = set()
+    for how, trials in (("SIGINT to all", 2), ("SIGINT", 6), ("SIGTERM", 10)):
+        process = command.start_until(trials, delay=0.3)
+        left |= family(process.pid)
+        if how == "SIGINT to all":  # what a terminal does
+            os.killpg(process.pid, signal.SIGINT)
+        else:
+            process.send_signal(signal.Signals[how])
+        code, log = command.finish(process)
+        assert code == 130, log
+        assert "Traceback" not in log
+        assert log.rstrip().endswith("interrupted: finished trials are kept; the same command goes on from there")
+        assert whole(command.folder)
+        assert not list(command.folder.glob("*.failed.json"))
+        assert table.read_plan(command.folder)["status"]["state"] == "interrupted"
+        stored = unchanged(command.folder, since=stored)
+
+    code, log = command.run()
+    assert code == 0, log
+    wait(lambda: not alive(left), ORPHANS)
+    assert len(unchanged(command.folder, since=stored)) == TRIALS
+    assert_frame_equal(small.stable(command.folder), small.stable(uninterrupted), check_exact=True)
+
+
+def test_a_sweep_interrupted_while_it_reads_leaves_no_folder(command):
+    process = command.start()
+    wait(lambda: "reading" in command.log())
+    process.send_signal(signal.SIGINT)
+    code, log = command.finish(process)
+    if "to run" not in log:  # else the signal came later than the reading
+        assert not command.results.exists()
+    assert code == 130, log
+    assert "Traceback" not in log
+
+
+def test_a_trial_whose_process_is_killed_completes(ray_session, small_screen, tmp_path):
+    import perturbray as pr
+
+    mortal = small.plugin(SIGKILL_ONCE, "mortal")
+    models = (pr.NoChange(), pr.MODELS["mortal"](flag=str(tmp_path / "killed")), pr.MeanShift())
+    ran, plan = small.run(small.sweep(small_screen, models), tmp_path / "out", plugins=[mortal])
+    assert (tmp_path / "killed").exists()
+    assert ran == 3
+    assert table.finished(tmp_path / "out") == set(plan.trials)
+
+
+def test_ray_starts_also_where_it_was_imported_before(tmp_path):
+    """Ray reads how to authenticate when it is imported; a notebook often imports it first."""
+    source = "import ray; from perturbray.cluster import connect\nwith connect() as c: print(c.cpus, c.nodes)"
+    env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    ended = subprocess.run(
+        [sys.executable, "-c", source],
+        env={**env, "PYTHONPATH": str(ROOT), "HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=HANG,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.split()[1] == "1"
+    assert (tmp_path / ".ray" / "auth_token").stat().st_mode & 0o077 == 0
