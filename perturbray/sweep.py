@@ -24,6 +24,8 @@ class Sweep:
     name: str
     trials: tuple[Trial, ...]
     metrics: tuple[Metric, ...] = METRICS
+    controls: str = "split"  # where effects take their control cells from: split | reference
+    cells: int = 400  # cells of a condition that metrics of distributions see
     question: str = ""
     x: str = ""  # the column that a figure has on its x axis
     x_label: str = ""
@@ -34,6 +36,17 @@ class Sweep:
         object.__setattr__(self, "trials", tuple(self.trials))
         if not self.trials:
             raise InputError(f"sweep {self.name!r} has no trials")
+
+    @property
+    def needs_cells(self) -> bool:
+        """Whether a metric looks at cells and not only at means."""
+        return any(not isinstance(metric, Metric) for metric in self.metrics)
+
+    @property
+    def judged(self) -> tuple[str, ...]:
+        """What decides the scores beside the trial itself."""
+        cells = (f"cells={self.cells}",) if self.needs_cells else ()
+        return *sorted(metric.name for metric in self.metrics), f"controls={self.controls}", *cells
 
     def override(self, changes: Mapping[str, Any]) -> "Sweep":
         """Change fields of every trial that has them; a path that no trial has is an InputError."""

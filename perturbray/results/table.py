@@ -25,6 +25,7 @@ from perturbray.errors import InputError
 PLAN = "sweep.json"
 REFERENCE = "reference.parquet"
 FAILED = ".failed.json"
+ANCHORS = "anchors"  # a folder, so that no anchor is taken for a trial
 
 ROWS = ("condition", "perturbation", "stratum", "metric", "value", "status")
 """Row columns that every trial has; ``covariate.<name>``, ``n_observed`` and ``n_control`` come beside them."""
@@ -143,6 +144,29 @@ def read_reference(folder: str | Path) -> pd.DataFrame | None:
     """The values known analytically, or None."""
     path = Path(folder) / REFERENCE
     return _read_parquet(path).to_pandas() if path.exists() else None
+
+
+def write_anchor(folder: str | Path, key: str, *, rows: Mapping[str, Sequence]) -> Path:
+    """Store anchors (replicate, interpolated duplicate) of one set of test conditions, in the long form of a trial with
+    ``reference`` naming them; their values are held against ``value_half`` of trials.
+    """
+    place = Path(folder) / ANCHORS
+    place.mkdir(exist_ok=True)
+    path = _file(place, key, ".parquet")
+    _write_parquet(path, pa.table({name: _long(np.asarray(values)) for name, values in rows.items()}))
+    return path
+
+
+def read_anchors(folder: str | Path, *, keys: Iterable[str] | None = None) -> pd.DataFrame | None:
+    """The anchors of the plan's test conditions, or None where there are none."""
+    keys = read_plan(folder).get("anchors", ()) if keys is None else keys
+    paths = [path for key in sorted(keys) if (path := Path(folder) / ANCHORS / f"{key}.parquet").exists()]
+    return pd.concat([_read_parquet(path).to_pandas() for path in paths], ignore_index=True) if paths else None
+
+
+def anchored(folder: str | Path) -> set[str]:
+    """Keys of the anchors that are stored."""
+    return {path.stem for path in (Path(folder) / ANCHORS).glob("*.parquet")}
 
 
 def finished(folder: str | Path) -> set[str]:
