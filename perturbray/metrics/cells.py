@@ -186,43 +186,45 @@ def compare(
     perturbation_key: str,
     control: str,
     covariate_keys: Sequence[str] = (),
+    delimiter: str = "+",
     failed: str = "error",
     names: tuple[str, str] = ("observed", "predicted"),
 ) -> Comparison:
     """Match two AnnData-like inputs (``X``, ``obs``, ``var_names``) by gene names and conditions.
 
-    Genes in another order are aligned; another set of genes, a condition without prediction (unless
-    ``failed="worst"``), a context without observed control cells, or expression that is not log1p raise ``InputError``.
-    Predicted conditions that were not observed are left out.
+    Genes in another order are aligned; another set of genes, a context without observed control cells, or expression
+    that is not log1p raise ``InputError``. So do conditions without predicted cells, unless ``failed`` is ``"worst"``
+    or ``"drop"``, and predicted NaN or infinity, unless it is ``"worst"``. Predicted conditions that were not observed
+    are left out.
     """
     genes, order = _align(observed, predicted, names)
     matrices = [check(observed.X, names[0]), check(predicted.X, names[1], predicted=True)]
     if order is not None:
         matrices[1] = matrices[1][:, order]
     spelling: dict[str, str] = {}  # canonical name -> as the observed file writes it
-    labels = [
-        _labels(table.obs, perturbation_key, control, covariate_keys, name, spelling)
+    ours, theirs = (
+        _labels(table.obs, [*covariate_keys, perturbation_key], control, delimiter, name, spelling)
         for table, name in zip((observed, predicted), names, strict=True)
-    ]
-    found = sorted(set(labels[0]))
-    conditions = [label for label in found if label[-1] != control]
+    )
+    conditions = sorted(label for label in ours[1] if label[-1] != control)
     if not conditions:
         raise InputError(f"{names[0]}: no condition to score; every cell is control ({control!r})")
     contexts = sorted({label[:-1] for label in conditions})
-    if without := [context for context in contexts if (*context, control) not in set(found)]:
+    if without := [context for context in contexts if (*context, control) not in ours[1]]:
         raise InputError(f"{names[0]}: no control cells ({control!r}) in {_show(without)}")
     codes = {label: code for code, label in enumerate([*conditions, *((*context, control) for context in contexts)])}
     sides = [
-        Cells(
-            X=X, group=np.array([codes.get(label, -1) for label in own], dtype=np.int64), groups=len(codes), file=name
-        )
-        for X, own, name in zip(matrices, labels, names, strict=True)
+        Cells(X=X, group=np.array([codes.get(label, -1) for label in found])[code], groups=len(codes), file=name)
+        for X, (code, found), name in zip(matrices, (ours, theirs), names, strict=True)
     ]
     count = sides[1].count()
     missing = count[: len(conditions)] == 0
     if missing.any() and failed == "error":
         lost = [label for label, is_lost in zip(conditions, missing, strict=True) if is_lost]
         raise InputError(f"{names[1]}: no cells of {len(lost)} observed conditions: {_show(lost)}")
+    broken = [list(codes)[code] for code in _broken_groups(sides[1])]
+    if broken and (failed != "worst" or any(label[-1] == control for label in broken)):
+        raise InputError(f"{names[1]}: X holds NaN or infinity in {len(broken)} conditions: {_show(broken)}")
     return Comparison(
         genes=genes,
         perturbation_key=perturbation_key,
@@ -237,36 +239,54 @@ def compare(
     )
 
 
-def check(X: Any, file: str, *, predicted: bool = False) -> Matrix:
-    """X as CSR or dense; an ``InputError`` where it holds NaN, infinity, or anything but log1p of normalised counts.
+def _broken_groups(cells: Cells) -> np.ndarray:
+    """Groups with a cell that holds NaN or infinity."""
+    if sparse.issparse(cells.X):
+        rows = np.repeat(np.arange(cells.X.shape[0]), np.diff(cells.X.indptr))[~np.isfinite(cells.X.data)]
+    else:
+        rows = np.flatnonzero(~np.isfinite(cells.X).all(axis=1))
+    groups = np.unique(cells.group[rows])
+    return groups[groups >= 0]
 
-    A model may predict slightly negative values; observed ones are none.
+
+def check(X: Any, file: str, *, predicted: bool = False) -> Matrix:
+    """X as CSR or dense; an ``InputError`` where it is anything but log1p of normalised counts.
+
+    A model may predict NaN, which is a failed condition, or slightly negative values; observed ones are neither.
     """
     if sparse.issparse(X):
         X = X.tocsr()
-        X.sum_duplicates() if not X.has_canonical_format else None
+        if not X.has_canonical_format:
+            X = X.copy()  # not the caller's
+            X.sum_duplicates()
         values = X.data
     else:
-        X = np.asarray(X)
-        values = X
+        X = values = np.asarray(X)
     if X.shape[0] == 0 or X.shape[1] == 0:
         raise InputError(f"{file}: X is empty ({X.shape[0]} cells x {X.shape[1]} genes)")
     lowest, highest = (values.min(), values.max()) if values.size else (0.0, 0.0)
     if not (np.isfinite(lowest) and np.isfinite(highest)):
-        raise InputError(f"{file}: X holds NaN or infinity; it must be log1p of normalised counts")
+        if not predicted:
+            raise InputError(f"{file}: X holds NaN or infinity; it must be log1p of normalised counts")
+        finite = values[np.isfinite(values)]
+        lowest, highest = (finite.min(), finite.max()) if finite.size else (0.0, 0.0)
     if lowest < 0 and not predicted:
         raise InputError(f"{file}: X holds negative values ({lowest:g}); it must be log1p of normalised counts")
     if highest >= LARGEST:
         raise InputError(f"{file}: X reaches {highest:g}, so it is not log1p of normalised counts; pass --normalize")
-    if looks_like_counts(X):
+    if highest > 0 and looks_like_counts(X):
         raise InputError(f"{file}: X holds integers only, so it is raw counts, not their log1p; pass --normalize")
     return X
 
 
 def looks_like_counts(X: Matrix) -> bool:
-    """Whether every value is an integer, as in raw counts."""
-    values = X.data if sparse.issparse(X) else X
-    return values.size > 0 and values.max() > 0 and bool((np.mod(values, 1) == 0).all())
+    """Whether every finite value is an integer, as in raw counts."""
+    values = X.data if sparse.issparse(X) else X.reshape(-1)
+    for start in range(0, values.size, 2**16):  # the first block tells in nearly all files
+        block = values[start : start + 2**16]
+        if (np.floor(block) != block)[np.isfinite(block)].any():
+            return False
+    return values.size > 0
 
 
 def _align(observed: Any, predicted: Any, names: tuple[str, str]) -> tuple[tuple[str, ...], np.ndarray | None]:
@@ -288,24 +308,28 @@ def _align(observed: Any, predicted: Any, names: tuple[str, str]) -> tuple[tuple
 
 
 def _labels(
-    obs: pd.DataFrame,
-    perturbation_key: str,
-    control: str,
-    covariate_keys: Sequence[str],
-    file: str,
-    spelling: dict[str, str],
-) -> list[tuple[str, ...]]:
-    """Covariate values and perturbation of each cell; ``spelling`` learns the names of perturbations not yet in it."""
-    for key in (perturbation_key, *covariate_keys):
+    obs: pd.DataFrame, keys: Sequence[str], control: str, delimiter: str, file: str, spelling: dict[str, str]
+) -> tuple[np.ndarray, list[tuple[str, ...]]]:
+    """Each cell's code into a list of (covariate values, perturbation), and that list.
+
+    ``spelling`` maps canonical names of perturbations to what is written, and learns those that it does not know.
+    """
+    for key in keys:
         if key not in obs.columns:
             raise InputError(f"{file}: obs has no column {key!r}; {nearest(key, obs.columns)}")
         if obs[key].isna().any():
             raise InputError(f"{file}: obs[{key!r}] is missing for {int(obs[key].isna().sum())} cells")
-    raw = obs[perturbation_key].astype(str)
-    names = {name: spelling.setdefault(canonical(name, control), name) for name in sorted(raw.unique())}
-    names |= {name: control for name in names if canonical(name, control) == control}
-    columns = [obs[key].astype(str) for key in covariate_keys]
-    return list(zip(*columns, raw.map(names), strict=True))
+    factors = [pd.factorize(obs[key].astype(str), sort=True) for key in keys]
+    names = {name: canonical(name, control, delimiter) for name in factors[-1][1]}
+    written = [control if own == control else spelling.setdefault(own, name) for name, own in names.items()]
+    combined = np.zeros(len(obs), dtype=np.int64)
+    for code, levels in factors:
+        combined = combined * len(levels) + code
+    first, code = np.unique(combined, return_index=True, return_inverse=True)[1:]
+    levels = [*(list(found) for _, found in factors[:-1]), written]
+    labels = [tuple(level[own[row]] for level, (own, _) in zip(levels, factors, strict=True)) for row in first]
+    unique = {label: position for position, label in enumerate(dict.fromkeys(labels))}  # two spellings are one
+    return np.array([unique[label] for label in labels])[code], list(unique)
 
 
 def _show(labels: Sequence[tuple[str, ...]]) -> str:

@@ -4,6 +4,7 @@ A convention is a function of a ``Comparison`` that fills a ``Results``. ``pertu
 ``upstream`` reproduce the numbers of other packages, odd choices included, so that published values can be compared.
 """
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from perturbray.errors import InputError, nearest
 from perturbray.metrics.cells import Comparison, compare
 from perturbray.registry import Registry
 
@@ -22,16 +24,17 @@ class Convention:
     name: str
     version: int
     function: Callable[..., None]
+    drops_missing: bool = False  # conditions without a prediction are left out, not refused
 
 
 CONVENTIONS: Registry[Convention] = Registry("convention")
 
 
-def convention(name: str, *, version: int = 1) -> Callable:
+def convention(name: str, *, version: int = 1, drops_missing: bool = False) -> Callable:
     """Register a function of (comparison, results) as a convention."""
 
     def keep(function: Callable[..., None]) -> Callable[..., None]:
-        CONVENTIONS.register(name)(Convention(name, version, function))
+        CONVENTIONS.register(name)(Convention(name, version, function, drops_missing))
         return function
 
     return keep
@@ -86,6 +89,7 @@ def evaluate(
     control: str,
     covariate_keys: Sequence[str] = (),
     convention: str = "perturbray",
+    delimiter: str = "+",
     names: tuple[str, str] = ("observed", "predicted"),
     **options: Any,
 ) -> pd.DataFrame:
@@ -96,13 +100,17 @@ def evaluate(
     hold the convention's version and notes. ``options`` are those of the convention; ``names`` stand in errors.
     """
     rule = CONVENTIONS[convention]
+    known = list(inspect.signature(rule.function).parameters)[2:]
+    if unknown := sorted(set(options) - set(known)):
+        raise InputError(f"convention {convention!r} has no option {unknown[0]!r}: {nearest(unknown[0], known)}")
     comparison = compare(
         observed,
         predicted,
         perturbation_key=perturbation_key,
         control=control,
         covariate_keys=covariate_keys,
-        failed="worst" if convention.startswith("perturbench") else options.get("failed", "error"),
+        delimiter=delimiter,
+        failed="drop" if rule.drops_missing else options.get("failed", "error"),
         names=names,
     )
     results = Results(comparison)

@@ -27,7 +27,7 @@ from perturbray.metrics.scores import SCORES
 TOP_K = 50
 
 
-@convention("perturbench-2024")
+@convention("perturbench-2024", drops_missing=True)
 def perturbench_2024(comparison: Comparison, results: Results) -> None:
     """PerturBench at d357dfa (August 2024): two scores and their ranks among predictions, divided by n."""
     for rows, distances in _perturbench_means(comparison):
@@ -36,7 +36,7 @@ def perturbench_2024(comparison: Comparison, results: Results) -> None:
             _add_rank(results, f"{score}_rank_{aggregation}", rows, distance, direction="obs", denominator="n")
 
 
-@convention("perturbench-2026")
+@convention("perturbench-2026", drops_missing=True)
 def perturbench_2026(comparison: Comparison, results: Results) -> None:
     """PerturBench at 4825e39 (February 2026): seven scores, each with its rank and transposed rank."""
     space = fit_pca(comparison.observed.X, _components(comparison.observed.X))

@@ -209,6 +209,23 @@ def test_a_missing_condition_is_an_error_unless_it_may_fail():
     assert (lost.loc["pr_auc/wilcoxon", "status"] == "failed_prediction").all()
 
 
+def test_a_condition_predicted_with_nan_is_an_error_unless_it_may_fail():
+    observed, predicted = small(0), small(1)
+    X = predicted.X.toarray()
+    X[np.flatnonzero(predicted.obs["perturbation"] == "G2")[3], 5] = np.nan
+    predicted.X = X
+    with pytest.raises(InputError, match="NaN or infinity in 1 conditions: a, G2"):
+        evaluate(observed, predicted, **OPTIONS)
+    table = evaluate(observed, predicted, failed="worst", **OPTIONS).set_index(["metric", "perturbation"]).sort_index()
+    clean = evaluate(observed, small(1), **OPTIONS).set_index(["metric", "perturbation"]).sort_index()
+    lost = table.loc[("cosine/delta_ctrl", "G2")]
+    assert lost["status"].tolist() == ["failed_prediction", ""]
+    assert lost["value"].tolist()[0] == -1
+    for metric in ("cosine/delta_ctrl", "energy/genes", "pr_auc/wilcoxon"):
+        kept = [(metric, name) for name in ("G1", "G3", "G1+G2", "drug")]
+        np.testing.assert_allclose(table.loc[kept, "value"], clean.loc[kept, "value"], rtol=1e-12)
+
+
 def test_own_controls_are_needed_where_a_convention_subtracts_them():
     predicted = small(1)
     predicted = predicted[predicted.obs["perturbation"] != "control"].copy()
@@ -233,6 +250,13 @@ def test_own_controls_are_used_where_they_are_other_cells():
 def test_an_unknown_convention_is_refused_with_the_nearest_one():
     with pytest.raises(InputError, match="perturbench-2026"):
         evaluate(small(0), small(1), convention="perturbench-2025", **OPTIONS)
+
+
+def test_an_option_that_a_convention_does_not_have_is_refused():
+    with pytest.raises(InputError, match="'cell-eval' has no option 'training'"):
+        evaluate(small(0), small(1), convention="cell-eval", training=small(2), **OPTIONS)
+    with pytest.raises(InputError, match="did you mean 'training'"):
+        evaluate(small(0), small(1), trainin=small(2), **OPTIONS)
 
 
 def test_training_cells_give_the_centre_and_the_space():

@@ -95,6 +95,7 @@ X, Y = RNG.normal(0, 1, (130, 7)), RNG.normal(0.4, 1.2, (90, 7))
 def test_blocks_change_nothing(monkeypatch):
     expected = energy(X, Y), mmd(X, Y, [1.0, 2.0])
     monkeypatch.setattr("perturbray.metrics.distribution.BLOCK", 32)
+    monkeypatch.setattr("perturbray.metrics.distribution.TILE", 24)
     assert energy(X, Y) == pytest.approx(expected[0], rel=1e-13)
     np.testing.assert_allclose(mmd(X, Y, [1.0, 2.0]), expected[1], rtol=1e-12)
 

@@ -63,6 +63,34 @@ def test_equal_predictions_have_bitwise_equal_scores_against_every_observation(n
     assert all(np.array_equal(row, pairs[0], equal_nan=True) for row in pairs)
 
 
+@pytest.mark.parametrize("case", ["noise", "some equal", "all equal", "near", "far"])
+@pytest.mark.parametrize("name", ["rmse", "cosine", "pearson", "r2"])
+def test_a_matrix_product_changes_no_comparison(name, case, monkeypatch):
+    """Ranks and exact ties are those of direct differences."""
+    rng = np.random.default_rng(0)
+    observed = rng.normal(0, 1, (60, 300))
+    predicted = 0.2 * observed + rng.normal(0, 1, (60, 300))
+    if case == "some equal":
+        predicted[10:20] = predicted[3]
+        observed[30:34] = observed[31]
+    elif case == "all equal":
+        predicted[:] = predicted[0]
+    elif case == "near":
+        predicted = observed + 1e-9 * rng.normal(size=observed.shape)
+    elif case == "far":
+        predicted, observed = predicted + 1e5, observed + 1e5
+    fast = SCORES[name].distance(predicted[:, None], observed[None])
+    monkeypatch.setattr("perturbray.metrics.scores.SMALL", np.inf)
+    slow = SCORES[name].distance(predicted[:, None], observed[None])
+    np.testing.assert_allclose(fast, slow, rtol=1e-9, atol=1e-9)
+    for axis in (0, 1):
+        own = [np.expand_dims(np.diag(distance), axis) for distance in (fast, slow)]
+        if name == "r2" and axis == 1:
+            continue  # each observation has its own scale, so rounding differs
+        np.testing.assert_array_equal(fast < own[0], slow < own[1])
+        np.testing.assert_array_equal(fast == own[0], slow == own[1])
+
+
 @everything
 @pytest.mark.parametrize("value", [0.0, 1.0, 0.1])
 def test_a_constant_truth_is_undefined_and_says_so(name, value):
