@@ -107,11 +107,18 @@ def command() -> None:
     judge.add_argument("observed", metavar="OBSERVED.h5ad")
     judge.add_argument("predicted", metavar="PREDICTED.h5ad")
     judge.add_argument("--perturbation-key", metavar="K", default="condition", help="obs column (default: condition)")
-    judge.add_argument("--control", metavar="C", default="control", help="label of unperturbed cells (default: control)")
-    judge.add_argument("--covariate-keys", metavar="A,B", default="", help="obs columns that make up the context")
-    judge.add_argument("--delimiter", metavar="D", default="+", help="joins perturbations to a combination (default: +)")
     judge.add_argument(
-        "--convention", metavar="NAME", default="perturbray", help="see `perturbray list conventions` (default: perturbray)"
+        "--control", metavar="C", default="control", help="label of unperturbed cells (default: control)"
+    )
+    judge.add_argument("--covariate-keys", metavar="A,B", default="", help="obs columns that make up the context")
+    judge.add_argument(
+        "--delimiter", metavar="D", default="+", help="joins perturbations to a combination (default: +)"
+    )
+    judge.add_argument(
+        "--convention",
+        metavar="NAME",
+        default="perturbray",
+        help="see `perturbray list conventions` (default: perturbray)",
     )
     judge.add_argument("--training", metavar="TRAIN.h5ad", help="cells that the PCA and the mean response come from")
     judge.add_argument(
@@ -351,22 +358,29 @@ def _list(arguments: argparse.Namespace) -> int:
     from perturbray import plugin
     from perturbray.data.ablations import ABLATIONS
     from perturbray.data.splits import SPLITS
-    from perturbray.metrics.metric import METRICS
+    from perturbray.metrics import CELL_METRICS, CONVENTIONS, METRICS
     from perturbray.models import MODELS
 
     plugin.install(tuple(plugin.Plugin.read(path) for path in arguments.plugin))
     board = Table(box=None, padding=(0, 2), show_header=False)
     board.add_column(no_wrap=True)
     board.add_column()
-    for name, thing in {"models": MODELS, "metrics": METRICS, "splits": SPLITS, "ablations": ABLATIONS}[
-        arguments.kind
-    ].items():
+    registries = {
+        "models": MODELS,
+        "metrics": {**METRICS, **CELL_METRICS},
+        "conventions": CONVENTIONS,
+        "splits": SPLITS,
+        "ablations": ABLATIONS,
+    }
+    for name, thing in registries[arguments.kind].items():
         board.add_row(name, _says(thing))
     Console(highlight=False).print(board)
     return 0
 
 
 def _says(thing: object) -> str:
+    if hasattr(thing, "function"):  # a convention
+        return " ".join((inspect.getdoc(thing.function) or "").split("\n\n")[0].split())
     if not isinstance(thing, type):  # a metric
         better = "higher" if thing.higher_is_better else "lower"
         chance = "" if thing.chance is None else f", chance {thing.chance:g}"

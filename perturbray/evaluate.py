@@ -143,7 +143,8 @@ def _spill(spec: DatasetSpec, file: h5py.File, place: Path, *, genes: pd.Index |
     needed = cells * width * 4 if dense else 8 * int(spec.matrix(file)["indptr"][-1])
     free = shutil.disk_usage(place).free
     if needed > free:
-        raise InputError(f"{spec.path}: {needed / 1e9:.1f} GB are needed in {place.parent.parent} and {free / 1e9:.1f} GB are free")
+        room = f"{needed / 1e9:.1f} GB are needed in {place.parent.parent} and {free / 1e9:.1f} GB are free"
+        raise InputError(f"{spec.path}: {room}")
     writer = _DenseWriter(place, cells, width) if dense else _SparseWriter(place, spec, file, position)
     for start, rows in _chunks(spec, file):
         if depth is not None:
@@ -153,7 +154,8 @@ def _spill(spec: DatasetSpec, file: h5py.File, place: Path, *, genes: pd.Index |
             rows.sort_indices()
         writer.write(position[start : start + rows.shape[0]], rows)
     inverse = np.argsort(position, kind="stable")
-    return Table(X=writer.finish(width), obs=obs.iloc[inverse].reset_index(drop=True), var_names=names if genes is None else genes)
+    obs = obs.iloc[inverse].reset_index(drop=True)
+    return Table(X=writer.finish(width), obs=obs, var_names=names if genes is None else genes)
 
 
 def _gene_order(names: pd.Index, genes: pd.Index | None, path: str) -> np.ndarray | None:

@@ -15,7 +15,7 @@ import numpy as np
 
 from perturbray.metrics.calibration import interpolate, mean_response
 from perturbray.metrics.effects import EFFECTS
-from perturbray.metrics.metric import Metric
+from perturbray.metrics.metric import Metric, score_prediction, score_split
 from perturbray.prediction import CellSample, Predicted, Prediction, Pseudobulk, Truth
 from perturbray.results import table
 
@@ -106,14 +106,14 @@ def assemble(truth: Truth, predicted: Predicted, stratum: np.ndarray) -> Predict
     )
 
 
-def _split(whole: Prediction, predicted: Predicted, truth: Truth, *, halving: int, half: int) -> Prediction:
+def _split(whole: Prediction, predicted: Predicted, *, halving: int, half: int) -> Prediction:
     """The model predicts from one half of the controls and subtracts it; the truth subtracts the other half."""
     counts = whole.control.cells
     return _with(
         whole,
         predicted=predicted.halves[halving, half],
         control=Pseudobulk(mean=predicted.control_halves[halving, half], cells=counts // 2),
-        observed_control=Pseudobulk(mean=truth.control_halves[halving, 1 - half], cells=counts // 2),
+        observed_control=Pseudobulk(mean=predicted.control_halves[halving, 1 - half], cells=counts // 2),
     )
 
 
@@ -121,16 +121,6 @@ def _with(whole: Prediction, *, predicted: np.ndarray | None = None, **parts) ->
     if predicted is not None:
         parts["predicted"] = Pseudobulk(mean=predicted, cells=whole.predicted.cells)
     return replace(whole, cells=None, **parts)
-
-
-def evaluate(metric: Metric, whole: Prediction, swapped: Sequence[Prediction], memos: Sequence[dict]) -> tuple:
-    """Values and statuses of a metric: of the whole, or the mean over the two exchanged halves of the controls."""
-    if not (swapped and shares_control(metric)):
-        return metric.evaluate(whole, memos[0])
-    pairs = [metric.evaluate(part, memo) for part, memo in zip(swapped, memos[1:], strict=True)]
-    values = np.mean([values for values, _ in pairs], axis=0)
-    status = np.where(pairs[0][1] != "", pairs[0][1], pairs[1][1])
-    return values, status
 
 
 def against_half(
@@ -142,7 +132,7 @@ def against_half(
     """
     found = []
     for halving, memo in enumerate(memos):
-        part = _split(whole, predicted, truth, halving=halving, half=1) if shares_control(metric) else whole
+        part = _split(whole, predicted, halving=halving, half=1) if shares_control(metric) else whole
         observed = truth.observed_halves[halving, 0][predicted.rows]
         cells = truth.half_cells[halving, 0][predicted.rows]
         part = _with(part, observed=Pseudobulk(mean=observed, cells=cells))
@@ -152,21 +142,22 @@ def against_half(
 
 
 def _trial_rows(item: Scorable, truth: Truth, metrics: Sequence[Metric], source: str) -> dict[str, np.ndarray]:
-    whole = assemble(truth, item.predicted, item.stratum)
-    swapped = (
-        [_split(whole, item.predicted, truth, halving=0, half=half) for half in (1, 0)] if source == "split" else []
-    )
-    memos: list[dict] = [{} for _ in range(1 + len(swapped))]
-    halves: list[dict] = [{} for _ in range(len(truth.observed_halves))]
-    every = len(truth)
-    values, half = np.full((len(metrics), every), np.nan), np.full((len(metrics), every), np.nan)
-    status = np.full((len(metrics), every), "unseen_perturbation", dtype="U24")
+    whole, at = assemble(truth, item.predicted, item.stratum), item.predicted.rows
+    halved = [metric for metric in metrics if source == "split" and shares_control(metric)]
+    plain = [metric for metric in metrics if metric not in halved]
+    exchanged = (_split(whole, item.predicted, halving=0, half=half) for half in (1, 0))
+    tables = [score_prediction(whole, plain)] + ([score_split(*exchanged, halved)] if halved else [])
+    memos: list[dict] = [{} for _ in range(len(truth.observed_halves))]
+    shape = len(metrics), len(truth)
+    values, half = np.full(shape, np.nan), np.full(shape, np.nan)
+    status = np.full(shape, "unseen_perturbation", dtype="U24")
     for number, metric in enumerate(metrics):
-        values[number, item.predicted.rows], status[number, item.predicted.rows] = evaluate(
-            metric, whole, swapped, memos
-        )
+        for scored in tables:
+            chosen = scored["metric"] == metric.name
+            if chosen.any():
+                values[number, at], status[number, at] = scored["value"][chosen], scored["status"][chosen]
         if isinstance(metric, Metric):
-            half[number, item.predicted.rows] = against_half(metric, whole, item.predicted, truth, halves)
+            half[number, at] = against_half(metric, whole, item.predicted, truth, memos)
     rows = _long(truth, item.stratum, metrics)
     rows |= {"value": values.ravel(), "value_half": half.ravel(), "status": status.ravel()}
     rows["n_observed"] = np.tile(truth.observed.cells, len(metrics))
