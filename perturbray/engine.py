@@ -8,7 +8,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import cached_property, partial
 from importlib.metadata import version
@@ -24,12 +24,16 @@ from perturbray.data.dataset import Conditions, DatasetSpec, fingerprint, open_h
 from perturbray.data.splits import TEST, TRAIN, Split
 from perturbray.data.truth import digest, observe
 from perturbray.errors import InputError
+from perturbray.metrics.cell_metrics import COMPONENTS
+from perturbray.metrics.distribution import fit_pca
 from perturbray.prediction import Truth
+from perturbray.randomness import generator
 from perturbray.results import table
 from perturbray.sweep import Sweep
 from perturbray.trial import Outcome, Trial, run
 
 ROUNDS = 3  # times that trials lost with their process are started again
+PCA_CELLS = 50_000  # training cells that the space of distribution metrics is fitted on
 CHECKPOINT_SECONDS = 30.0  # between two checkpoints of a trial
 PACKAGES = ("perturbray", "ray", "torch", "numpy", "anndata")
 
@@ -493,11 +497,23 @@ def _observe(plan: Plan, read: dict[DatasetSpec, "Blocks"]) -> dict[str, Truth]:
     """Every truth of a plan by digest, each computed once."""
     truths: dict[str, Truth] = {}
     for trial in plan.sweep.trials:
-        key = plan.truth_of(trial)
-        if key not in truths:
-            cells = read[trial.dataset].cells()
-            sample = plan.sweep.cells if plan.sweep.needs_cells else 0
-            truths[key] = observe(cells, plan.conditions[trial.dataset], plan.splits[_task(trial)], sample=sample)
+        key, conditions, split = plan.truth_of(trial), plan.conditions[trial.dataset], plan.splits[_task(trial)]
+        if key in truths:
+            continue
+        cells = read[trial.dataset].cells()
+        if not plan.sweep.needs_cells:
+            truths[key] = observe(cells, conditions, split)
+            continue
+        # Fitted once for all levels and seeds: on the training cells of the task before anything is taken away.
+        whole = trial.split.split(conditions)
+        fitted_on = whole if digest(conditions, whole) == key else split
+        truth = observe(cells, conditions, split, sample=plan.sweep.cells)
+        rows = np.flatnonzero(fitted_on.cell == TRAIN)
+        rows = rows[np.argsort(conditions.cell_names[rows], kind="stable")]
+        if len(rows) > PCA_CELLS:
+            rows = np.sort(generator(0, "pca").choice(rows, PCA_CELLS, replace=False))
+        space = fit_pca(cells.select(rows), COMPONENTS)
+        truths[key] = replace(truth, pca_mean=space.mean, pca_loadings=space.loadings)
     return truths
 
 

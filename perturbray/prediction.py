@@ -142,6 +142,8 @@ class Truth:
     control_weights: tuple[np.ndarray, ...]  # (halvings * 2, controls) float64 each: a row averages a half
     observed_sample: tuple[Any, ...] = ()  # CSR, cells of each condition; empty unless a metric needs cells
     control_sample: tuple[Any, ...] = ()  # CSR, control cells of each context
+    pca_mean: np.ndarray | None = None  # (genes,) of the PCA fitted on training cells, where a metric needs cells
+    pca_loadings: np.ndarray | None = None  # (genes, components)
 
     def __len__(self) -> int:
         return len(self.rows)

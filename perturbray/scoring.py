@@ -90,7 +90,13 @@ def assemble(truth: Truth, predicted: Predicted, stratum: np.ndarray) -> Predict
     cells = None
     if predicted.sample and truth.observed_sample:
         observed = tuple(truth.observed_sample[row] for row in at)
-        cells = CellSample(predicted=predicted.sample, observed=observed, control=truth.control_sample)
+        cells = CellSample(
+            predicted=predicted.sample,
+            observed=observed,
+            control=truth.control_sample,
+            pca_mean=truth.pca_mean,
+            pca_loadings=truth.pca_loadings,
+        )
     return Prediction(
         genes=truth.genes,
         covariates=truth.covariates,

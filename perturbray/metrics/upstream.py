@@ -148,7 +148,7 @@ def _means_with_own_control(comparison: Comparison, name: str) -> tuple[np.ndarr
     return tuple(pseudobulk(side).mean for side in (comparison.predicted, comparison.observed))
 
 
-@convention("cell-eval")
+@convention("cell-eval", mean="contaminated")
 def cell_eval(comparison: Comparison, results: Results) -> None:
     """cell-eval 0.8.2, profile ``full`` without clustering_agreement, once a context."""
     predicted, observed = _means_with_own_control(comparison, "cell-eval")
