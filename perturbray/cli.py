@@ -69,6 +69,19 @@ def sweep_parser(name: str, description: str) -> argparse.ArgumentParser:
         help="auto: integers are counts, scaled to the median depth and log1p; non-negative values below 15 are taken as "
         "log-normalised; log1p and none force it (default: auto)",
     )
+    score = parser.add_argument_group("scores")
+    score.add_argument(
+        "--convention",
+        metavar="NAME",
+        help="perturbray: effects from split controls (default); perturbench: its metrics, one control on both sides",
+    )
+    score.add_argument(
+        "--metric",
+        metavar="NAME",
+        action="append",
+        default=[],
+        help="a further metric, e.g. energy/pca or des/wilcoxon; may be repeated; see `perturbray list metrics`",
+    )
     run = parser.add_argument_group("running")
     run.add_argument("--plugin", metavar="FILE.py", action="append", default=[], help="registers models of your own")
     run.add_argument("--results", metavar="DIR", default="results", help="where results go (default: results)")
@@ -179,6 +192,7 @@ def _run_script(
     specs = [MODELS[name]() for name in names]
     dataset = _dataset(arguments)
     sweep = make(dataset, specs, **{name: getattr(arguments, name) for name in flags})
+    sweep = sweep.judge(arguments.convention, arguments.metric)
     if arguments.smoke:  # before --set, which a user means
         sweep = sweep.smoke()
     sweep = sweep.override(dict(changes)).grid(axes)

@@ -14,6 +14,12 @@ METRICS = tuple(
     for score, effect in (("rmse", "average"), ("cosine", "logfc_logmean"), ("pearson", "delta_ctrl"))
     for rank in (False, True)
 )
+PUBLISHED = tuple(
+    Metric(score=score, effect=effect, rank=rank, exclude="none")
+    for score, effect in (("rmse", "average"), ("cosine", "logfc_logmean"))
+    for rank in (False, True)
+)
+CONVENTIONS = {"perturbray": (METRICS, "split"), "perturbench": (PUBLISHED, "reference")}  # metrics, controls of effects
 SMOKE_EPOCHS = 3
 
 
@@ -47,6 +53,16 @@ class Sweep:
         """What decides the scores beside the trial itself."""
         cells = (f"cells={self.cells}",) if self.needs_cells else ()
         return *sorted(metric.name for metric in self.metrics), f"controls={self.controls}", *cells
+
+    def judge(self, convention: str | None = None, metrics: Sequence[str] = ()) -> "Sweep":
+        """The sweep under another convention, and with further metrics by name."""
+        sweep = self
+        if convention is not None:
+            if convention not in CONVENTIONS:
+                raise InputError(f"no convention of sweeps is named {convention!r}: {nearest(convention, CONVENTIONS)}")
+            sweep = replace(sweep, metrics=CONVENTIONS[convention][0], controls=CONVENTIONS[convention][1])
+        added = [Metric.parse(name) for name in metrics]
+        return replace(sweep, metrics=tuple(dict.fromkeys([*sweep.metrics, *added])))
 
     def override(self, changes: Mapping[str, Any]) -> "Sweep":
         """Change fields of every trial that has them; a path that no trial has is an InputError."""
