@@ -123,7 +123,7 @@ def _moments(
 
 def _weights(half: np.ndarray) -> np.ndarray:
     """(halvings * 2, cells): a row for each half that averages its cells."""
-    member = np.stack([half == 0, half == 1], axis=1).reshape(-1, half.shape[1]).astype(np.float64)
+    member = np.stack([half == 0, half == 1], axis=1).reshape(2 * len(half), half.shape[1]).astype(np.float64)
     return member / np.maximum(member.sum(axis=1, keepdims=True), 1)
 
 

@@ -81,6 +81,9 @@ MACROS = """\
 {% else %}
 <span class="gap {{ cell.verdict }}" title="{{ cell.verdict }}, against {{ cell.reference }}">
 {{- cell.mark }} {{ cell.difference }} {{ cell.interval }}</span>
+{% endif %}
+{% if cell.scaled %}
+<small class="gap">{{ cell.scaled }}{% if cell.reaches %} <b>◆ reaches the replicate</b>{% endif %}</small>
 {% endif %}{% endif %}
 {% endmacro %}
 {% macro board(level, group) %}
@@ -116,13 +119,14 @@ MACROS = """\
 <table><caption>{{ frame.caption }}</caption>
 <thead><tr>
 {% for name in frame.columns %}
-<th scope="col"{% if not loop.first %} class="{{ frame.align }}"{% endif %}>{{ name }}</th>
+<th scope="col"{% if not loop.first %} class="{{ frame.align[loop.index0] }}"{% endif %}>{{ name }}</th>
 {% endfor %}
 </tr></thead>
 <tbody>
 {% for row in frame.rows %}
 <tr>{% for value in row %}
-{% if loop.first %}<th scope="row">{{ value }}</th>{% else %}<td class="{{ frame.align }}">{{ value }}</td>{% endif %}
+{% if loop.first %}<th scope="row">{{ value }}</th>{% else %}
+<td class="{{ frame.align[loop.index0] }}">{{ value }}</td>{% endif %}
 {% endfor %}</tr>
 {% endfor %}
 </tbody></table></div>
@@ -188,6 +192,26 @@ BODY = """\
 {% else %}<details><summary>{{ level.title }}</summary>{{ boards(level) }}</details>{% endif %}
 {% endfor %}
 </section>
+{% endif %}
+
+{% if bounds %}
+<section id="anchors"><h2>Floor and ceiling</h2>
+<p class="soft">{{ scaled_text }}</p>
+{% if scaled_figure %}
+<figure><div class="wide" tabindex="0" role="region" aria-label="figure of scaled scores">{{ scaled_figure }}</div>
+<figcaption>{{ scaled_caption }}</figcaption></figure>
+{% endif %}
+{{ grid(bounds) }}
+<p class="soft">{{ reaching }}</p>
+<p class="soft">{{ controls }}</p>
+</section>
+{% endif %}
+
+{% if effects %}
+<section id="effects"><h2>By size of effect</h2>
+<details><summary>{{ effects.title }}</summary>
+{% for frame in effects.grids %}{{ grid(frame) }}{% endfor %}
+</details></section>
 {% endif %}
 
 {% if changes %}<section id="changes"><h2>What each model loses</h2>{{ grid(changes) }}</section>{% endif %}

@@ -1,7 +1,8 @@
 """A figure per question; a figure is a function of a Summary that returns a matplotlib Figure, and `save` writes it."""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import matplotlib as mpl
@@ -24,6 +25,8 @@ BASELINE = "#8a8a8a"
 INK = "#262626"  # the page replaces these three by its own colours, light or dark
 FAINT = "#e4e4e4"
 PAPER = "#fefefe"
+
+SHOWN = (-1.0, 1.5)  # of scaled scores
 
 STYLE = {
     "font.family": "sans-serif",
@@ -61,8 +64,29 @@ def against_x(summary: Summary, *, metrics: Sequence[str] | None = None) -> Figu
 
     A score stands above its rank form where both are shown. Baselines are grey and dashed.
     """
+    return _panels(summary, list(metrics or summary.headline), draw=_panel)
+
+
+def scaled(summary: Summary) -> Figure:
+    """Scaled scores against the sweep's x, a panel a metric that has a scale: 0 the mean response, 1 a replicate.
+
+    Drawn within ``SHOWN``; a value beyond it stands at the edge, hollow.
+    """
+    found = summary.anchors.scaled
+    values = np.clip(found["scaled"].dropna(), *SHOWN)
+    low, high = min(-0.1, values.min() - 0.05), max(1.2, values.max() + 0.05)
+    return _panels(summary, scalable(summary), draw=partial(_scaled_panel, limits=(low, high)))
+
+
+def scalable(summary: Summary) -> list[str]:
+    """Headline metrics with a scaled score somewhere."""
+    known = set(summary.anchors.scaled.dropna(subset=["scaled"])["metric"])
+    return [name for name in summary.headline if name in known]
+
+
+def _panels(summary: Summary, metrics: list[str], *, draw: Callable) -> Figure:
     with mpl.rc_context(STYLE):
-        columns = _columns(list(metrics or summary.headline))
+        columns = _columns(metrics)
         depth = max((len(column) for column in columns), default=1)
         figure = Figure(figsize=(max(2.75 * max(len(columns), 1), 4.4), 2.35 * depth + 0.75), layout="constrained")
         figure.get_layout_engine().set(w_pad=0.06, h_pad=0.05, hspace=0.04, wspace=0.03)
@@ -72,7 +96,7 @@ def against_x(summary: Summary, *, metrics: Sequence[str] | None = None) -> Figu
         for across, column in enumerate(columns):
             for down in range(depth):
                 if down < len(column):
-                    _panel(axes[down, across], summary, summary.scales[column[down]], looks=looks)
+                    draw(axes[down, across], summary, summary.scales[column[down]], looks=looks)
                     if len(levels) == 1:  # an axis around one point would show meaningless digits
                         axes[down, across].set_xticks(levels, [f"{levels.iloc[0]:.2g}"])
                 else:
@@ -146,12 +170,38 @@ def _panel(axes: Axes, summary: Summary, scale: Scale, *, looks: dict[str, dict]
             axes.vlines(x, low, high, color=look["color"], linewidth=1.1, zorder=look["zorder"])
         axes.plot(x, mean, markersize=4, markeredgewidth=0.9, **look)
     _chance(axes, scale)
-    axes.set_title(f"{scale.title} {scale.arrow}", pad=17)
+    axes.set_ylabel(f"{scale.direction}" + (f" ({scale.unit})" if scale.unit else ""), fontsize=7.5)
+    axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
+    _frame(axes, scale, arrow=scale.arrow)
+
+
+def _scaled_panel(
+    axes: Axes, summary: Summary, scale: Scale, *, looks: dict[str, dict], limits: tuple[float, float]
+) -> None:
+    known = summary.anchors.scaled
+    known = known[known["metric"] == scale.name].dropna(subset=["scaled"]).merge(summary.levels, on="level")
+    for series, look in looks.items():
+        line = known[known["series"] == series].sort_values("x")
+        x, value = line["x"].to_numpy(float), line["scaled"].to_numpy(float)
+        shown, beyond = np.clip(value, *SHOWN), (value < SHOWN[0]) | (value > SHOWN[1])
+        axes.plot(x, shown, markersize=4, markeredgewidth=0.9, clip_on=False, **look)
+        if beyond.any():  # an empty line has no extent, and the layout collapses
+            hollow = look | {"linestyle": "", "markerfacecolor": PAPER}
+            axes.plot(x[beyond], shown[beyond], markersize=5, clip_on=False, **hollow)
+    for level, text in ((0, "mean response"), (1, "replicate")):
+        axes.axhline(level, color=INK, linewidth=0.8, linestyle=(0, (1, 2)), zorder=1.5)
+        _label_line(axes, level, text)
+    axes.set_ylim(limits)
+    axes.set_ylabel("scaled score", fontsize=7.5)
+    _frame(axes, scale, arrow="↑")
+
+
+def _frame(axes: Axes, scale: Scale, *, arrow: str) -> None:
+    """Title, effect and ticks, alike in all figures."""
+    axes.set_title(f"{scale.title} {arrow}", pad=17)
     axes.annotate(
         scale.effect, (0, 1), xycoords="axes fraction", xytext=(0, 7), textcoords="offset points", fontsize=7.5
     )
-    axes.set_ylabel(f"{scale.direction}" + (f" ({scale.unit})" if scale.unit else ""), fontsize=7.5)
-    axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
     axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
     axes.tick_params(length=3, labelbottom=True)
     axes.grid(visible=True, axis="y")
@@ -162,9 +212,13 @@ def _chance(axes: Axes, scale: Scale) -> None:
         return
     axes.axhline(scale.chance, color=INK, linewidth=0.8, linestyle=(0, (1, 2)), zorder=1.5)
     axes.margins(y=0.08)
+    _label_line(axes, scale.chance, f"chance {scale.chance:g}")
+
+
+def _label_line(axes: Axes, level: float, text: str) -> None:
     axes.annotate(
-        f"chance {scale.chance:g}",
-        (1, scale.chance),
+        text,
+        (1, level),
         xycoords=("axes fraction", "data"),
         xytext=(0, 2.5),
         textcoords="offset points",

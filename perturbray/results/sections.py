@@ -5,6 +5,17 @@ from collections.abc import Mapping
 import numpy as np
 import pandas as pd
 
+from perturbray.results.anchors import (
+    INTERPOLATED,
+    MEAN_RESPONSE,
+    NO_CHANGE,
+    REPLICATE,
+    TERTILES,
+    WEAK_BETTER,
+    WEAK_RANGE,
+)
+from perturbray.results.plots import SHOWN, scalable
+from perturbray.results.scales import Scale
 from perturbray.results.summary import COMMON, Summary
 from perturbray.results.wording import NONE, VERDICTS, cells, decimals, interval, level_name, number
 
@@ -75,16 +86,117 @@ def changes(summary: Summary) -> dict | None:
     start, end = (level_name(summary, found[name].iloc[0]) for name in ("from_level", "to_level"))
     texts = {(row["series"], row["metric"]): _change(summary, row) for row in found.to_dict("records")}
     scales = [summary.scales[name] for name in metrics]
-    return {
-        "caption": f"From {start} to {end.rpartition(' ')[2]}, on the same conditions: change of the mean with its "
+    return _grid(
+        caption=f"From {start} to {end.rpartition(' ')[2]}, on the same conditions: change of the mean with its "
         "paired 95 % interval. ▲ gets better, ▼ gets worse, ≈ cannot be told from no change.",
-        "columns": ["model", *[f"{scale.title}\N{NO-BREAK SPACE}{scale.arrow}" for scale in scales]],
-        "rows": [
+        columns=["model", *_heads(scales)],
+        rows=[
             [series, *[texts.get((series, metric), NONE) for metric in metrics]]
             for series in summary.order(found["from_level"].iloc[0])
         ],
-        "align": "lines",
-    }
+        align="lines",
+    )
+
+
+def bounds(summary: Summary) -> dict | None:
+    """Floor and ceiling of each headline metric."""
+    found = summary.anchors.bounds
+    rows = []
+    for row in found[found["metric"].isin(summary.headline)].to_dict("records"):
+        scale, digits = summary.scales[row["metric"]], decimals(summary, row["metric"])
+        levels = [number(row[name], digits) for name in (NO_CHANGE, MEAN_RESPONSE, REPLICATE, INTERPOLATED)]
+        shares = [number(row[name], 2) for name in ("dynamic_range", "better")]
+        rows.append([f"{scale.title} {scale.arrow}, {scale.effect}", *levels, *shares, _warning(row)])
+    count = _span(found["conditions"], "condition") if rows else ""
+    return _grid(
+        rows,
+        caption=f"At the lowest level, {count}, against one half of the observed cells, so values differ from those of "
+        "the leaderboards. Dynamic range: the share of the way from the mean response to a perfect prediction that the "
+        "interpolated duplicate covers. Better: the share of conditions in which it beats the mean response (chance 0.5). "
+        f"Below {WEAK_RANGE} or {WEAK_BETTER} a metric is marked: it says little on these data.",
+        columns=[
+            "metric",
+            "no change",
+            "mean response",
+            "replicate",
+            "interpolated",
+            "dynamic range",
+            "better",
+            "note",
+        ],
+        align=["", *["n"] * 6, ""],
+    )
+
+
+def _warning(row: Mapping) -> str:
+    short = [
+        f"{name} below {least}"
+        for name, key, least in (("dynamic range", "dynamic_range", WEAK_RANGE), ("better", "better", WEAK_BETTER))
+        if row[key] < least
+    ]
+    weak = [f"⚠ says little here: {' and '.join(short)}"] if short else []
+    return "; ".join(weak + ([] if row["calibrated"] else ["uncalibrated: the replicate is not surely better"]))
+
+
+def scaled_caption(summary: Summary) -> str:
+    left = [summary.scales[name] for name in summary.headline if name not in scalable(summary)]
+    names = ", ".join(f"{scale.short} of {scale.effect}" for scale in left)
+    without = f" No scale, and no panel: {names}." if left else ""
+    return (
+        "A line is a model, as above; means over conditions and seeds. Values below "
+        f"{number(SHOWN[0], 0)} or above {SHOWN[1]:g} stand at the edge, hollow; the tables hold them unclipped.{without}"
+    )
+
+
+def controls(facts: Mapping) -> str:
+    """What the source of control cells means for scores of change from control."""
+    if facts["source"] == "split":
+        return (
+            "Control cells: split. For the direction of a change from control (cosine, Pearson, Spearman) a model predicts "
+            "from one half of the control cells, which is subtracted from its prediction; the other half is subtracted from "
+            "the observation. The halves change places and both scores are averaged. So no noise is shared, and without any "
+            "effect the expected score is 0."
+        )
+    if facts["source"] != "reference":
+        return ""
+    text = (
+        "Control cells: reference. The same control cells are subtracted from prediction and observation, so their noise "
+        "counts as agreement."
+    )
+    if "share" not in facts:
+        return text
+    return (
+        f"{text} Without any effect a cosine of about n/(n + n₀) = {facts['share']:.2f} is expected ({facts['low']:.2f} to "
+        f"{facts['high']:.2f} over conditions; n cells of the condition, n₀ of control)."
+    )
+
+
+def effects(summary: Summary) -> dict | None:
+    """Headline means in thirds of the conditions by effect."""
+    found = summary.anchors.effects
+    metrics = [name for name in summary.headline if name in set(found["metric"])]
+    if not metrics:
+        return None
+    scales, grids = [summary.scales[name] for name in metrics], []
+    for tertile in TERTILES:
+        part = found[found["tertile"] == tertile]
+        if part.empty:
+            continue
+        means = {(row.series, row.metric): row.mean for row in part.itertuples()}
+        low, high = (number(part[name].iloc[0], 3) for name in ("low", "high"))
+        rows = [
+            [name, *[number(means.get((name, metric), np.nan), decimals(summary, metric)) for metric in metrics]]
+            for name in summary.order(summary.levels["level"].iloc[0])
+        ]
+        caption = (
+            f"{tertile.capitalize()} effects: {_span(part['conditions'], 'condition')}, {low} to {high} from control"
+        )
+        grids.append(_grid(rows, caption=caption, columns=["model", *_heads(scales)], align="n"))
+    title = (
+        f"Means at {level_name(summary, summary.levels['level'].iloc[0])} in thirds of the conditions by the RMSE between "
+        "condition and control"
+    )
+    return {"title": title, "grids": grids}
 
 
 def _change(summary: Summary, row: Mapping) -> str:
@@ -189,11 +301,18 @@ def listing(summary: Summary, planned: list[dict], failures: Mapping) -> dict:
         rows.append([trial.get("name", key), state, key, *[_shown(values.get(name)) for name in varying]])
     more = f" The first {LISTED} of {len(planned)}; the rest are in sweep.json." if len(planned) > LISTED else ""
     caption = f"The fields in which trials differ; the key is the name of the trial's file.{more}"
-    return {"caption": caption, "columns": ["trial", "state", "key", *varying], "rows": rows, "align": ""}
+    columns = ["trial", "state", "key", *varying]
+    return {"caption": caption, "columns": columns, "rows": rows, "align": [""] * len(columns)}
 
 
-def _grid(rows: list[list], *, caption: str, columns: list[str], align: str = "") -> dict | None:
+def _grid(rows: list[list], *, caption: str, columns: list[str], align: str | list[str] = "") -> dict | None:
+    """``align``: the class of all columns, or of each."""
+    align = [align] * len(columns) if isinstance(align, str) else align
     return {"caption": caption, "columns": columns, "rows": rows, "align": align} if rows else None
+
+
+def _heads(scales: list[Scale]) -> list[str]:
+    return [f"{scale.title}\N{NO-BREAK SPACE}{scale.arrow}" for scale in scales]
 
 
 def _columns(planned: list[dict]) -> pd.DataFrame:

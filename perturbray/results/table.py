@@ -10,8 +10,9 @@ import os
 import re
 import traceback
 import uuid
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from datetime import UTC, date, datetime
 from pathlib import Path
 
@@ -28,7 +29,11 @@ FAILED = ".failed.json"
 ANCHORS = "anchors"  # a folder, so that no anchor is taken for a trial
 
 ROWS = ("condition", "perturbation", "stratum", "metric", "value", "status")
-"""Row columns that every trial has; ``covariate.<name>``, ``n_observed`` and ``n_control`` come beside them."""
+"""Row columns that every trial has; ``covariate.<name>`` and those of ``BESIDE`` come with them."""
+
+BESIDE = ("value_half", "n_observed", "n_control")
+"""``value_half``: against one half of the observed cells, the scale of anchors. Numbers of cells of the condition, and of
+the control that the model predicted from."""
 
 VOLATILE = (
     *("fit_seconds", "predict_seconds", "score_seconds", "peak_memory_mb", "host"),
@@ -54,6 +59,20 @@ def create(folder: str | Path) -> Path:
     return folder
 
 
+@contextmanager
+def made(folder: str | Path) -> Iterator[None]:
+    """A results folder, known to be writable before anything is read; taken away again if nothing came into it."""
+    folder = Path(folder)
+    new = [place for place in (folder, *folder.parents) if not place.exists()]
+    try:
+        create(folder)
+        yield
+    finally:
+        for place in new:
+            with suppress(OSError):  # it holds something, so it stays
+                place.rmdir()
+
+
 def write_plan(folder: str | Path, plan: Mapping) -> None:
     """Store the plan, ``sweep.json``. Only ``trials`` is needed; the page leaves out what the rest does not say.
 
@@ -62,6 +81,8 @@ def write_plan(folder: str | Path, plan: Mapping) -> None:
     headline                            names of metrics, the most telling first
     metrics                             objects with name, higher_is_better, best, chance; also title, effect, unit
     baselines                           values of the column ``model`` that stand apart
+    anchors                             keys of the files in ``anchors/``: replicates of the test conditions
+    controls                            split or reference: where effects take their control cells from
     dataset                             object with name, cells, genes, contexts, perturbations, normalisation, ...
     notes                               sentences
     trials                              objects with key, name and columns (those constant ones known before a run)
@@ -234,7 +255,7 @@ class Reader:
 
 def trials(table: pd.DataFrame) -> pd.DataFrame:
     """One row a trial: the columns that are constant within it."""
-    varying = {*ROWS, "n_observed", "n_control"}
+    varying = {*ROWS, *BESIDE}
     constant = [name for name in table.columns if name not in varying and not name.startswith("covariate.")]
     return table.loc[~table["key"].duplicated(), constant].reset_index(drop=True)
 
