@@ -26,6 +26,7 @@ INK = "#262626"  # the page replaces these three by its own colours, light or da
 FAINT = "#e4e4e4"
 PAPER = "#fefefe"
 
+PANEL = (2.75, 2.35)  # inches
 SHOWN = (-1.0, 1.5)  # of scaled scores
 
 STYLE = {
@@ -88,11 +89,21 @@ def _panels(summary: Summary, metrics: list[str], *, draw: Callable) -> Figure:
     with mpl.rc_context(STYLE):
         columns = _columns(metrics)
         depth = max((len(column) for column in columns), default=1)
-        figure = Figure(figsize=(max(2.75 * max(len(columns), 1), 4.4), 2.35 * depth + 0.75), layout="constrained")
-        figure.get_layout_engine().set(w_pad=0.06, h_pad=0.05, hspace=0.04, wspace=0.03)
+        looks = looks_of(summary)
+        width = max(PANEL[0] * max(len(columns), 1), 4.4)
+        rows, per_row = _legend_rows(looks, width)
+        legend, height = 0.17 * rows + 0.1, PANEL[1] * depth
+        size = width, legend + height + 0.3
+        figure = Figure(figsize=size)
         levels = summary.levels["x"].dropna()
         axes = figure.subplots(depth, max(len(columns), 1), squeeze=False, sharex=True)
-        looks = looks_of(summary)
+        # Places in inches: a layout engine would draw the figure twice, and take half of the page's time.
+        step = width / max(len(columns), 1), PANEL[1]
+        for (down, across), panel in np.ndenumerate(axes):
+            left, bottom = step[0] * across + 0.62, 0.3 + step[1] * (depth - 1 - down) + 0.3
+            panel.set_position(
+                (left / size[0], bottom / size[1], (step[0] - 0.75) / size[0], (step[1] - 0.78) / size[1])
+            )
         for across, column in enumerate(columns):
             for down in range(depth):
                 if down < len(column):
@@ -102,8 +113,9 @@ def _panels(summary: Summary, metrics: list[str], *, draw: Callable) -> Figure:
                 else:
                     axes[down, across].set_visible(False)
         if columns:
-            figure.supxlabel(summary.plan.get("x_label") or summary.plan.get("x") or "level", fontsize=8.5, color=INK)
-            _legend(figure, summary, looks)
+            label = summary.plan.get("x_label") or summary.plan.get("x") or "level"
+            figure.text(0.5, 0.1 / size[1], label, fontsize=8.5, ha="center", va="bottom")
+            _legend(figure, looks, columns=per_row)
         return figure
 
 
@@ -188,17 +200,16 @@ def _scaled_panel(
         if beyond.any():  # an empty line has no extent, and the layout collapses
             hollow = look | {"linestyle": "", "markerfacecolor": PAPER}
             axes.plot(x[beyond], shown[beyond], markersize=5, clip_on=False, **hollow)
-    for level, text in ((0, "mean response"), (1, "replicate")):
+    for level in (0, 1):
         axes.axhline(level, color=INK, linewidth=0.8, linestyle=(0, (1, 2)), zorder=1.5)
-        _label_line(axes, level, text)
     axes.set_ylim(limits)
-    axes.set_ylabel("scaled score", fontsize=7.5)
-    _frame(axes, scale, arrow="↑")
+    axes.set_ylabel("0 mean response, 1 replicate", fontsize=7.5)
+    _frame(axes, scale, arrow="")
 
 
 def _frame(axes: Axes, scale: Scale, *, arrow: str) -> None:
     """Title, effect and ticks, alike in all figures."""
-    axes.set_title(f"{scale.title} {arrow}", pad=17)
+    axes.set_title(f"{scale.title} {arrow}".rstrip(), pad=17)
     axes.annotate(
         scale.effect, (0, 1), xycoords="axes fraction", xytext=(0, 7), textcoords="offset points", fontsize=7.5
     )
@@ -212,13 +223,9 @@ def _chance(axes: Axes, scale: Scale) -> None:
         return
     axes.axhline(scale.chance, color=INK, linewidth=0.8, linestyle=(0, (1, 2)), zorder=1.5)
     axes.margins(y=0.08)
-    _label_line(axes, scale.chance, f"chance {scale.chance:g}")
-
-
-def _label_line(axes: Axes, level: float, text: str) -> None:
     axes.annotate(
-        text,
-        (1, level),
+        f"chance {scale.chance:g}",
+        (1, scale.chance),
         xycoords=("axes fraction", "data"),
         xytext=(0, 2.5),
         textcoords="offset points",
@@ -228,17 +235,19 @@ def _label_line(axes: Axes, level: float, text: str) -> None:
     )
 
 
-def _legend(figure: Figure, summary: Summary, looks: dict[str, dict]) -> None:
+def _legend_rows(looks: dict[str, dict], width: float) -> tuple[int, int]:
+    """Rows of the legend, and series in a row, in a figure of so many inches."""
+    longest = max((len(series) for series in looks), default=1)
+    fit = min(max(1, int(width / (0.42 + 0.068 * longest))), max(1, len(looks)))
+    return -(-len(looks) // fit), fit
+
+
+def _legend(figure: Figure, looks: dict[str, dict], *, columns: int) -> None:
     handles = [
         Line2D([], [], markersize=4.5, markeredgewidth=0.9, label=_plain_text(series), **look)
         for series, look in looks.items()
     ]
-    width = figure.get_figwidth()
-    longest = max((len(series) for series in looks), default=1)
-    fit = max(1, int(width / (0.42 + 0.068 * longest)))
-    legend = figure.legend(
-        handles=handles, loc="outside upper left", ncols=min(fit, len(handles)), frameon=False, handlelength=2.6
-    )
+    legend = figure.legend(handles=handles, loc="upper left", ncols=columns, frameon=False, handlelength=2.6)
     for text, series in zip(legend.get_texts(), looks, strict=True):
         text.set_parse_math(False)  # $ in a name is a character
         if looks[series]["color"] == BASELINE:

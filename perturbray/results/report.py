@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 
-from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from perturbray.results import page, plots, sections, table
@@ -13,8 +12,7 @@ from perturbray.results.summary import Summary, summarise
 from perturbray.results.wording import answer
 
 _STATES = {"running": "running", "done": "finished", "interrupted": "interrupted: the same command carries on"}
-_OPTIONS = {"autoescape": True, "undefined": StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
-_TEMPLATE = Environment(**_OPTIONS).from_string(page.TEMPLATE)
+_TEMPLATE = page.template(page.TEMPLATE)
 
 READING = """Intervals are 95 % percentile intervals of a paired bootstrap over conditions: perturbations are drawn with
 all their contexts, after seeds are averaged. They cover which conditions were tested; they do not cover training seeds,

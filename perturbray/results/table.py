@@ -127,7 +127,7 @@ def write_trial(folder: str | Path, key: str, *, columns: Mapping[str, object], 
     arrays = {name: _constant(value, length) for name, value in columns.items()}
     arrays |= {name: _long(np.asarray(values)[order]) for name, values in rows.items()}
     path = _file(folder, key, ".parquet")
-    _write_parquet(path, pa.table(arrays))
+    write_parquet(path, pa.table(arrays))
     _file(folder, key, FAILED).unlink(missing_ok=True)
     return path
 
@@ -157,7 +157,7 @@ def write_reference(folder: str | Path, rows: Mapping[str, Sequence]) -> Path:
     if absent := [name for name in ("reference", "perturbation", "metric", "value") if name not in rows]:
         raise ValueError(f"the reference lacks {', '.join(absent)}")
     path = Path(folder) / REFERENCE
-    _write_parquet(path, pa.table({name: _long(np.asarray(values)) for name, values in rows.items()}))
+    write_parquet(path, pa.table({name: _long(np.asarray(values)) for name, values in rows.items()}))
     return path
 
 
@@ -174,7 +174,7 @@ def write_anchor(folder: str | Path, key: str, *, rows: Mapping[str, Sequence]) 
     place = Path(folder) / ANCHORS
     place.mkdir(exist_ok=True)
     path = _file(place, key, ".parquet")
-    _write_parquet(path, pa.table({name: _long(np.asarray(values)) for name, values in rows.items()}))
+    write_parquet(path, pa.table({name: _long(np.asarray(values)) for name, values in rows.items()}))
     return path
 
 
@@ -295,7 +295,7 @@ def _finished_files(folder: Path) -> dict[str, tuple[int, int]]:
     return {key: (stat.st_mtime_ns, stat.st_size) for key, stat in stats.items()}
 
 
-def _write_parquet(path: Path, content: pa.Table) -> None:
+def write_parquet(path: Path, content: pa.Table) -> None:
     # Statistics of some sixty columns would weigh more than the values, and slow down reading thousands of files.
     options = {"compression": "zstd", "write_statistics": False}
     replace_file(path, lambda target: pq.write_table(content, target, **options))
