@@ -26,8 +26,9 @@ class Plugin:
         place = Path(path)
         try:
             source = place.read_text(encoding="utf-8")
-        except OSError as error:
-            raise InputError(f"--plugin {path}: cannot be read ({error.strerror})") from None
+        except (OSError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+            raise InputError(f"--plugin {path}: cannot be read ({reason})") from None
         return cls(name=f"perturbray_plugin_{re.sub(r'[^0-9A-Za-z_]', '_', place.stem)}", source=source)
 
     def install(self) -> None:

@@ -19,7 +19,10 @@ PUBLISHED = tuple(
     for score, effect in (("rmse", "average"), ("cosine", "logfc_logmean"))
     for rank in (False, True)
 )
-CONVENTIONS = {"perturbray": (METRICS, "split"), "perturbench": (PUBLISHED, "reference")}  # metrics, controls of effects
+CONVENTIONS = {
+    "perturbray": (METRICS, "split"),
+    "perturbench": (PUBLISHED, "reference"),
+}  # metrics, controls of effects
 SMOKE_EPOCHS = 3
 
 
@@ -88,7 +91,7 @@ class Sweep:
         trials = [
             replace(t, training=replace(t.training, epochs=min(t.training.epochs, SMOKE_EPOCHS))) for t in self.trials
         ]
-        ablations = list(dict.fromkeys(t.ablation for t in trials))
+        ablations = sorted(dict.fromkeys(t.ablation for t in trials), key=lambda a: getattr(a, "level", 0))
         kept = {ablations[0], ablations[-1]}
         trials = [t for t in trials if t.seed == seed and t.ablation in kept]
         return replace(self, name=f"{self.name}-smoke", trials=tuple(trials))

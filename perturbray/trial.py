@@ -60,7 +60,7 @@ class Trial:
             spec = getattr(self, part)
             table[part] = None if spec is None else {"": registry.name_of(spec), **_fields(spec)}
         table |= {"training": _fields(self.training), "seed": self.seed, "judged": list(judged)}
-        text = json.dumps(table, sort_keys=True, default=str)
+        text = json.dumps(_canonical(table), sort_keys=True, default=str)
         return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
     def columns(self) -> dict[str, str | int | float | bool]:
@@ -182,9 +182,26 @@ def _fields(spec: Any) -> dict[str, Any]:
     return {f.name: getattr(spec, f.name) for f in dataclasses.fields(spec)}
 
 
+def _canonical(value: Any) -> Any:
+    """Values that are equal as one text: 1, 1.0 and numpy's 1 are the same level, and trials that hold them are equal."""
+    if isinstance(value, dict):
+        return {name: _canonical(part) for name, part in value.items()}
+    if isinstance(value, tuple | list):
+        return [_canonical(part) for part in value]
+    value = value.item() if isinstance(value, np.generic) else value
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
 def convert(value: Any, hint: Any, path: str) -> Any:
     """A value as the type of its field; text is read as a person types it. Raises InputError."""
+    value = value.item() if isinstance(value, np.generic) else value
     if not isinstance(value, str):
+        if hint is float and isinstance(value, int) and not isinstance(value, bool):
+            return float(value)
+        if hint is int and isinstance(value, float):  # what a search draws from a quantised range
+            if not value.is_integer():
+                raise InputError(f"{path}={value!r}: a whole number is needed")
+            return int(value)
         return tuple(value) if isinstance(value, list) else value
     text = value.strip()
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
@@ -193,7 +210,10 @@ def convert(value: Any, hint: Any, path: str) -> Any:
             return None
         return convert(value, next(a for a in arguments if a is not type(None)), path)
     if origin is tuple:
-        parts = [part for part in text.strip("()[]").replace(";", ",").split(",") if part.strip()]
+        if text[:1] + text[-1:] in ("()", "[]"):
+            text = text[1:-1]
+        # A semicolon parts values that hold commas, as the contexts of two covariates do.
+        parts = [part for part in text.split(";" if ";" in text else ",") if part.strip()]
         return tuple(convert(part, arguments[0], path) for part in parts)
     if hint is bool:
         if text.lower() in ("true", "yes", "1", "on"):

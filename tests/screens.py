@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -48,12 +49,12 @@ def conditions_of(cells: Sequence[Cell], *, names: Sequence[str] | None = None, 
                 for key, values in columns.items():
                     _write_column(file, f"{name}/{key}", values)
                 order = np.array([key for key in columns if key != "_index"], dtype=object)
-                file[name].attrs.update(
-                    {"encoding-type": "dataframe", "encoding-version": "0.2.0", "_index": "_index"}
-                )
+                file[name].attrs.update({"encoding-type": "dataframe", "encoding-version": "0.2.0", "_index": "_index"})
                 file[name].attrs.create("column-order", order, dtype=h5py.string_dtype())
             file["X"] = np.ones((len(cells), 1), dtype=np.float32)
-        return DatasetSpec(path=str(path), covariates=tuple(f"covariate_{i}" for i in range(width)), **spec).conditions()
+        return DatasetSpec(
+            path=str(path), covariates=tuple(f"covariate_{i}" for i in range(width)), **spec
+        ).conditions()
 
 
 def _write_column(file: h5py.File, place: str, values) -> None:
@@ -87,8 +88,8 @@ def rows_of(spec: DatasetSpec, conditions: Conditions) -> sparse.csr_matrix:
 
 def in_blocks(rows: sparse.csr_matrix, blocks: int) -> Cells:
     """The rows in this many blocks of unequal size."""
-    cuts = np.unique(np.linspace(0, np.sqrt(rows.shape[0]), blocks + 1) ** 2).astype(int)
-    return Cells([rows[start:stop] for start, stop in zip(cuts[:-1], cuts[1:], strict=True)])
+    cuts = np.unique(np.round(np.linspace(0, np.sqrt(rows.shape[0]), blocks + 1) ** 2).astype(int))
+    return Cells([rows[start:stop] for start, stop in pairwise(cuts)])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -34,6 +34,8 @@ class Training:
                 raise InputError(f"training.{name}={getattr(self, name)}: at least 1")
         if not self.lr > 0:
             raise InputError(f"training.lr={self.lr}: above 0")
+        if not 0 < self.plateau_factor < 1:
+            raise InputError(f"training.plateau_factor={self.plateau_factor}: above 0 and below 1")
 
 
 @dataclass(kw_only=True)
@@ -78,11 +80,15 @@ def _descend(
     watched = VAL if len(stream.rows(VAL)) else TRAIN
     progress = {"epoch": 0, "best_epoch": 0, "best_loss": math.inf, "history": []}
     best = copy.deepcopy(model.state_dict())
+    on_gpu = stream.device.type == "cuda"
     if state is not None:
+        state = copy.deepcopy(state)  # the optimiser and the progress go on from it in place
         model.load_state_dict(state["model"])
         optimiser.load_state_dict(state["optimiser"])
         schedule.load_state_dict(state["schedule"])
         torch.set_rng_state(state["generator"])
+        if on_gpu and state["gpu_generator"] is not None:
+            torch.cuda.set_rng_state(state["gpu_generator"], stream.device)
         progress, best = state["progress"], state["best"]
 
     def snapshot() -> dict:
@@ -91,6 +97,7 @@ def _descend(
             "optimiser": optimiser.state_dict(),
             "schedule": schedule.state_dict(),
             "generator": torch.get_rng_state(),
+            "gpu_generator": torch.cuda.get_rng_state(stream.device) if on_gpu else None,  # dropout draws from it
             "progress": progress,
             "best": best,
         }

@@ -96,9 +96,7 @@ def test_neither_order_nor_pairs_depend_on_the_batch_size(numbered):
 
 
 def test_a_cell_keeps_its_control_when_the_order_is_another(numbered):
-    shuffled, plain = (
-        dict(zip(*epoch(numbered, number=3, shuffle=shuffle), strict=True)) for shuffle in (True, False)
-    )
+    shuffled, plain = (dict(zip(*epoch(numbered, number=3, shuffle=shuffle), strict=True)) for shuffle in (True, False))
     assert shuffled == plain
 
 

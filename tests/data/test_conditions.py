@@ -265,19 +265,25 @@ def test_an_hdf5_file_without_obs_is_refused_with_what_it_has(tmp_path):
 
 @pytest.mark.parametrize("fields", [{"perturbation": "conditions"}, {"covariates": ("lines",)}])
 def test_a_missing_column_is_refused_with_those_there_are(path, fields):
-    with pytest.raises(InputError, match=r"screen\.h5ad: obs has no column '\w+s'; it has condition, line; did you mean"):
+    with pytest.raises(
+        InputError, match=r"screen\.h5ad: obs has no column '\w+s'; it has condition, line; did you mean"
+    ):
         spec_of(path, **fields).conditions()
 
 
 def test_a_control_label_that_does_not_occur_is_refused_with_the_nearest(path):
-    with pytest.raises(InputError, match=r"screen\.h5ad: no cell has obs\['condition'\] == 'ctrl' .*; did you mean 'control'"):
+    with pytest.raises(
+        InputError, match=r"screen\.h5ad: no cell has obs\['condition'\] == 'ctrl' .*; did you mean 'control'"
+    ):
         spec_of(path, control="ctrl").conditions()
 
 
 def test_a_context_without_controls_is_refused_by_name(tmp_path, obs):
     obs["line"] = ["y"] * 5 + ["z", "z", "w"]
     path = screens.write(tmp_path / "bare.h5ad", obs)
-    with pytest.raises(InputError, match=r"bare\.h5ad: line = w has no control cells .*obs\['condition'\] == 'control'"):
+    with pytest.raises(
+        InputError, match=r"bare\.h5ad: line = w has no control cells .*obs\['condition'\] == 'control'"
+    ):
         spec_of(path).conditions()
 
 

@@ -119,7 +119,9 @@ def test_failures_are_named_and_do_not_stop_the_others_and_are_tried_again(ray_s
     assert "while scoring trial" in told(scored)
     assert "in evaluate" in told(scored)
 
-    records = {record["name"]: record for record in map(json.loads, map(Path.read_text, tmp_path.glob("*.failed.json")))}
+    records = {
+        record["name"]: record for record in map(json.loads, map(Path.read_text, tmp_path.glob("*.failed.json")))
+    }
     assert set(records) == {"broken, seed 0", "no_change, seed 0"}
     assert records["broken, seed 0"]["error"] == "ValueError: this model cannot be fitted"
     assert 'raise ValueError("this model cannot be fitted")' in records["broken, seed 0"]["traceback"]

@@ -19,9 +19,7 @@ from perturbray.errors import InputError
         (64, 8, 1000, 8, 1.0, 1.0, 8),
     ],
 )
-def test_a_cluster_is_divided_between_trials_and_scorers(
-    cpus, gpus, trials, at_once, trial_cpus, trial_gpus, scorers
-):
+def test_a_cluster_is_divided_between_trials_and_scorers(cpus, gpus, trials, at_once, trial_cpus, trial_gpus, scorers):
     found = place(cpus, gpus, trials=trials)
     assert (found.at_once, found.trial_cpus, found.trial_gpus, found.scorers) == (
         at_once,

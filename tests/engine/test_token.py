@@ -11,7 +11,7 @@ from perturbray.cluster import _token
 @pytest.fixture
 def home(tmp_path, monkeypatch):
     for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
-        monkeypatch.delenv(name)if name in os.environ else None
+        monkeypatch.delenv(name) if name in os.environ else None
     monkeypatch.setenv("HOME", str(tmp_path))
     return tmp_path
 

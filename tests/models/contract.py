@@ -174,11 +174,14 @@ def gradient_models_overfit_32_cells(subject: Subject) -> None:
         return
     lab = subject.lab
     rows = np.flatnonzero((lab.split.condition == TRAIN) & ~lab.conditions.is_control)
-    first, second = rows[0], next(
-        row
-        for row in rows
-        if lab.conditions.context[row] != lab.conditions.context[rows[0]]
-        and lab.conditions.perturbation[row] != lab.conditions.perturbation[rows[0]]
+    first, second = (
+        rows[0],
+        next(
+            row
+            for row in rows
+            if lab.conditions.context[row] != lab.conditions.context[rows[0]]
+            and lab.conditions.perturbation[row] != lab.conditions.perturbation[rows[0]]
+        ),
     )
     condition = torch.tensor([first] * 16 + [second] * 16)
     generator = torch.Generator().manual_seed(0)
@@ -192,13 +195,13 @@ def gradient_models_overfit_32_cells(subject: Subject) -> None:
     torch.manual_seed(0)
     model = subject.spec.build(lab.vocabulary)
     optimiser = torch.optim.Adam(model.parameters(), lr=0.02)
-    start = float(model.eval().loss(batch))
+    start = model.eval().loss(batch).item()
     model.train()
     for _ in range(250):
         optimiser.zero_grad()
         model.loss(batch).backward()
         optimiser.step()
-    assert float(model.eval().loss(batch)) < 0.02 * start
+    assert model.eval().loss(batch).item() < 0.02 * start
 
 
 def perturbations_are_told_apart_as_their_effects_are(subject: Subject) -> None:

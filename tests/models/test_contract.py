@@ -48,14 +48,14 @@ def test_models_that_are_blind_to_the_perturbation_are_those_that_say_so():
 
 def mutant(base: type[torch.nn.Module] = LatentAdditiveNet, **methods) -> ModelSpec:
     """A spec whose network is ``base`` with other methods."""
-    net = type("Mutant", (base,), methods)
+    net, latent = type("Mutant", (base,), methods), issubclass(base, LatentAdditiveNet)
 
     @dataclass(frozen=True, kw_only=True)
     class Spec(LatentAdditive):
-        mode = "paired" if base is LatentAdditiveNet else "all"
+        mode = "paired" if latent else "all"
 
         def build(self, vocabulary):
-            return net(self, vocabulary) if base is LatentAdditiveNet else net(vocabulary)
+            return net(self, vocabulary) if latent else net(vocabulary)
 
     return Spec()
 
@@ -65,7 +65,9 @@ def control_of_the_neighbour(self, batch: Batch):
 
 
 def control_of_all(self, batch: Batch):
-    return LatentAdditiveNet.predict(self, replace(batch, control=batch.control.mean(0, keepdim=True).expand_as(batch.control)))
+    return LatentAdditiveNet.predict(
+        self, replace(batch, control=batch.control.mean(0, keepdim=True).expand_as(batch.control))
+    )
 
 
 def target_read(self, batch: Batch):
@@ -90,12 +92,16 @@ def raw(self, batch: Batch):
     return LatentAdditiveNet.predict(self, batch) * torch.nan
 
 
+def loss_of_nothing(self, batch: Batch):
+    return self.decoder[-1].bias.square().mean()
+
+
 def sum_over_cells(self, batch: Batch):
     return LatentAdditiveNet.loss(self, batch) * len(batch)
 
 
-def standardised(self, batch: Batch):
-    return LatentAdditiveNet.loss(self, batch) / batch.expression.std(0).mean()
+def without_bias(self, batch: Batch):
+    return LatentAdditiveNet.loss(self, batch) * len(batch) / torch.tensor(len(batch) - 1)
 
 
 def unseeded(self, spec, vocabulary):
@@ -151,18 +157,18 @@ MUTANTS = {
     ),
     "labels swapped": (mutant(MeanShiftNet, predict=negative_label), "prediction_follows_a_permutation_of_cells"),
     "a mean for all cells": (
-        mutant(predict=one_row),
+        mutant(predict=one_row, loss=loss_of_nothing),
         "prediction_has_a_row_a_cell_and_a_column_a_gene_and_is_finite",
     ),
     "not a number": (
-        mutant(predict=raw, loss=lambda self, batch: self.decoder[-1].bias.sum()),
+        mutant(predict=raw, loss=loss_of_nothing),
         "prediction_has_a_row_a_cell_and_a_column_a_gene_and_is_finite",
     ),
     "dropout left on": (mutant(predict=dropout_left_on), "prediction_is_the_same_twice"),
     "a generator of its own": (mutant(__init__=unseeded), "fitting_depends_on_the_seed_alone"),
     "state on the class": (mutant(Shared), "models_of_one_process_share_nothing"),
     "loss summed": (mutant(loss=sum_over_cells), "loss_of_a_batch_is_the_mean_over_its_cells"),
-    "loss divided by a spread": (mutant(loss=standardised), "loss_is_finite_for_a_batch_of_one_cell"),
+    "loss over one cell less": (mutant(loss=without_bias), "loss_is_finite_for_a_batch_of_one_cell"),
     "nothing learned": (mutant(loss=stuck), "gradient_models_overfit_32_cells"),
     "a running mean": (
         mutant(MeanShiftNet, update=last_batch_counts_more),
