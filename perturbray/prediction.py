@@ -162,3 +162,31 @@ class Predicted:
     control_halves: np.ndarray  # (halvings, 2, contexts, genes) float64
     training_mean: np.ndarray  # (contexts, genes) unweighted mean over a context's training perturbations
     sample: tuple[np.ndarray, ...] = ()  # (cells, genes) float32 of each condition; empty unless a metric needs cells
+
+
+def assemble(truth: Truth, predicted: Predicted, stratum: np.ndarray) -> Prediction:
+    """Both sides together: the `reference` control source, all control cells on both sides."""
+    at = predicted.rows
+    cells = None
+    if predicted.sample and truth.observed_sample:
+        observed = tuple(truth.observed_sample[row] for row in at)
+        cells = CellSample(
+            predicted=predicted.sample,
+            observed=observed,
+            control=truth.control_sample,
+            pca_mean=truth.pca_mean,
+            pca_loadings=truth.pca_loadings,
+        )
+    return Prediction(
+        genes=truth.genes,
+        covariates=truth.covariates,
+        contexts=truth.contexts,
+        context=truth.context[at],
+        perturbation=truth.perturbation[at],
+        stratum=stratum[at],
+        predicted=Pseudobulk(mean=predicted.mean, cells=predicted.cells),
+        observed=truth.observed.rows(at),
+        control=predicted.control,
+        training_mean=predicted.training_mean,
+        cells=cells,
+    )

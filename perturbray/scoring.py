@@ -16,7 +16,7 @@ import numpy as np
 from perturbray.metrics.calibration import interpolate, mean_response
 from perturbray.metrics.effects import EFFECTS
 from perturbray.metrics.metric import Metric, score_prediction, score_split
-from perturbray.prediction import CellSample, Predicted, Prediction, Pseudobulk, Truth
+from perturbray.prediction import Predicted, Prediction, Pseudobulk, Truth, assemble
 from perturbray.results import table
 
 ANGLES = ("cosine", "pearson", "spearman")  # scores of direction: they see what both sides share with the control
@@ -82,34 +82,6 @@ def score(
 def shares_control(metric: Metric) -> bool:
     """Whether the noise of one set of control cells on both sides would count as agreement."""
     return isinstance(metric, Metric) and metric.score in ANGLES and EFFECTS[metric.effect].control
-
-
-def assemble(truth: Truth, predicted: Predicted, stratum: np.ndarray) -> Prediction:
-    """Both sides together: the `reference` control source, all control cells on both sides."""
-    at = predicted.rows
-    cells = None
-    if predicted.sample and truth.observed_sample:
-        observed = tuple(truth.observed_sample[row] for row in at)
-        cells = CellSample(
-            predicted=predicted.sample,
-            observed=observed,
-            control=truth.control_sample,
-            pca_mean=truth.pca_mean,
-            pca_loadings=truth.pca_loadings,
-        )
-    return Prediction(
-        genes=truth.genes,
-        covariates=truth.covariates,
-        contexts=truth.contexts,
-        context=truth.context[at],
-        perturbation=truth.perturbation[at],
-        stratum=stratum[at],
-        predicted=Pseudobulk(mean=predicted.mean, cells=predicted.cells),
-        observed=truth.observed.rows(at),
-        control=predicted.control,
-        training_mean=predicted.training_mean,
-        cells=cells,
-    )
 
 
 def _split(whole: Prediction, predicted: Predicted, *, halving: int, half: int) -> Prediction:

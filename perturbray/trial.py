@@ -23,7 +23,7 @@ from perturbray.data.truth import observe
 from perturbray.data.vocabulary import Vocabulary
 from perturbray.errors import InputError, nearest
 from perturbray.models.base import MODELS, Model, ModelSpec
-from perturbray.prediction import Predicted, Truth
+from perturbray.prediction import Predicted, Prediction, Truth, assemble
 from perturbray.randomness import derive
 from perturbray.training.fit import Fit, Report, Training, fit
 from perturbray.training.predict import predict
@@ -118,10 +118,21 @@ class Outcome:
     """What running a trial gives: a prediction to score, and columns about the run."""
 
     predicted: Predicted
-    stratum: np.ndarray  # (conditions,) str, of every condition of the truth
+    truth: Truth
+    split: Split
     fit: Fit
     model: Model
     columns: dict[str, str | int | float]
+
+    @property
+    def stratum(self) -> np.ndarray:
+        """(conditions of the truth,) str."""
+        return self.split.stratum[self.truth.rows]
+
+    @property
+    def prediction(self) -> Prediction:
+        """Both sides together, for metrics outside of a sweep: the same control cells on both."""
+        return assemble(self.truth, self.predicted, self.stratum)
 
 
 def run(
@@ -175,7 +186,7 @@ def run(
         "predict_seconds": time.perf_counter() - fitted,
         "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
     }
-    return Outcome(predicted=predicted, stratum=split.stratum[truth.rows], fit=done, model=model, columns=columns)
+    return Outcome(predicted=predicted, truth=truth, split=split, fit=done, model=model, columns=columns)
 
 
 def _fields(spec: Any) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from perturbray.results.sections import grid, shown
 from perturbray.results.wording import NONE, number
 
 DOTS = 400  # drawn of a metric; of more conditions, evenly spaced ones in the order of their values
-WIDTH, HEIGHT, LEFT, EDGE = 320, 130, 44, 8  # of a plot, in its own units
+WIDTH, HEIGHT, LEFT, EDGE = 320, 130, 52, 8  # of a plot, in its own units
 
 _TEMPLATE = page.template(page.EVALUATION)
 
@@ -84,7 +84,7 @@ def render_evaluation(values: pd.DataFrame, summary: pd.DataFrame, *, notes: Map
         "style": Markup(page.STYLE),
         "title": title,
         "convention": ", ".join(map(str, values["convention"].unique())),
-        "conditions": f"{len(conditions):,} conditions" + (f" ({', '.join(kinds)})" if kinds else ""),
+        "conditions": _count(len(conditions)) + (f" ({', '.join(kinds)})" if kinds else ""),
         "written": datetime.now(UTC),
         "sections": sections,
         "summary": _summary(summary),
@@ -144,7 +144,9 @@ def _fact(value: object) -> str:
     if isinstance(value, Mapping):  # keys are contexts: tuples of covariate values
         return ", ".join(f"{_named(name)} {_fact(part)}".strip() for name, part in value.items())
     value = value.item() if isinstance(value, np.generic) else value
-    return f"{value:.4g}" if isinstance(value, float) and np.isfinite(value) else shown(value)
+    if isinstance(value, float) and np.isfinite(value):
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    return shown(value)
 
 
 def _named(labels: object) -> str:
@@ -166,7 +168,7 @@ def _summary(summary: pd.DataFrame) -> dict | None:
     return grid(
         rows,
         caption="Value: the mean that the convention reports. Macro: the mean over contexts of their means. Pooled: each "
-        "condition counts the same. Undefined: the observation gives no value, and the condition is left out.",
+        "condition counts the same. Undefined: the observation gives no value; macro, pooled, median and sd leave it out.",
         columns=["metric", *names, *_COUNTS.values()],
         align="n",
     )
@@ -230,8 +232,12 @@ def _plot(metric: str, part: pd.DataFrame, names: Sequence[str]) -> dict:
 
 
 def _plot_caption(values: np.ndarray, median: float, *, drawn: int) -> str:
-    said = [f"median {f'{median:.3g}' if np.isfinite(median) else NONE}, {len(values):,} conditions"]
+    said = [f"median {f'{median:.3g}' if np.isfinite(median) else NONE}, {_count(len(values))}"]
     said += [f"{drawn} of them drawn"] if drawn < len(values) else []
     infinite = int(np.isinf(values).sum())
     said += [f"{infinite} infinite, hollow at the edge"] if infinite else []
     return "; ".join(said)
+
+
+def _count(conditions: int) -> str:
+    return f"{conditions:,} condition{'s' * (conditions != 1)}"

@@ -79,7 +79,9 @@ def _view(
     if others:
         notes.append(f"Result files of other plans in this folder, left out: {others}.")
     lead, findings = answer(summary)
-    bounds = sections.bounds(summary)
+    bounds, controls = sections.bounds(summary), sections.controls(summary.controls)
+    if controls and not bounds:
+        notes.append(controls)
     view = {
         "style": Markup(page.STYLE),
         "script": Markup(page.SCRIPT),
@@ -103,7 +105,7 @@ def _view(
         "scaled_text": " ".join(SCALE.split()),
         "reaching": REACHING,
         "bounds": bounds,
-        "controls": sections.controls(summary.controls),
+        "controls": controls,
         "effects": sections.effects(summary),
         "figure_title": f"Score against {plan.get('x', 'level').replace('_', ' ')}",
         "figure_caption": sections.figure_caption(summary),
