@@ -171,7 +171,6 @@ def test_anchors_stand_between_chance_and_perfect_and_beat_the_mean(tmp_path):
             value = anchors[reference, metric.name]
             assert value > level if metric.higher_is_better else value < level
             assert (value < metric.best) if metric.higher_is_better else (value >= metric.best)
-    assert anchors[scoring.INTERPOLATED, "rmse/average"] < anchors[scoring.REPLICATE, "rmse/average"]
 
 
 @pytest.mark.slow
