@@ -7,7 +7,7 @@ import platform
 import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import cached_property, partial
@@ -241,7 +241,7 @@ def run_sweep(
         _store(plan, command)
         events.planned(plan)
         return 0
-    with _made(plan.folder), connect(address) as cluster:
+    with table.made(plan.folder), connect(address) as cluster:
         import ray
 
         from perturbray.data import blocks
@@ -303,19 +303,6 @@ def run_sweep(
                 table.write_plan(plan.folder, {**table.read_plan(plan.folder), "status": {"state": state}})
     _raise_failures(plan, set(wanted))
     return len(wanted)
-
-
-@contextmanager
-def _made(folder: Path) -> Iterator[None]:
-    """A results folder, known to be writable before anything is read; taken away again if nothing came into it."""
-    new = [place for place in (folder, *folder.parents) if not place.exists()]
-    try:
-        table.create(folder)
-        yield
-    finally:
-        for place in new:
-            with suppress(OSError):  # it holds something, so it stays
-                place.rmdir()
 
 
 def _store(plan: Plan, command: str) -> None:
