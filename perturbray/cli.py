@@ -368,6 +368,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 def _list(arguments: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     from perturbray import plugin
     from perturbray.data.ablations import ABLATIONS
@@ -387,7 +388,7 @@ def _list(arguments: argparse.Namespace) -> int:
         "ablations": ABLATIONS,
     }
     for name, thing in registries[arguments.kind].items():
-        board.add_row(name, _says(thing))
+        board.add_row(name, Text(_says(thing)))  # as text: brackets are no markup
     Console(highlight=False).print(board)
     return 0
 
