@@ -15,6 +15,7 @@ _PUBLIC = {
     "perturbray.engine": ["Plan", "run_sweep"],
     "perturbray.errors": ["InputError"],
     "perturbray.metrics.metric": ["METRICS", "Metric", "score_prediction"],
+    "perturbray.metrics.scores": ["SCORES"],
     "perturbray.models.base": ["MODELS", "GradientModel", "Model", "ModelSpec", "StreamingModel"],
     "perturbray.models.baselines": ["MeanShift", "NoChange", "PerturbedMean", "PerturbedMeanGlobal"],
     "perturbray.models.decoder_only": ["DecoderCovariates", "DecoderOnly", "DecoderPerturbations"],

@@ -21,7 +21,7 @@ BAD_INPUT = 2  # exit codes
 FAILED = 1
 INTERRUPTED = 130
 
-LISTS = ("models", "metrics", "splits", "ablations")
+LISTS = ("models", "metrics", "conventions", "splits", "ablations")
 
 
 def main(make: "Callable[..., Sweep]", *, models: Sequence[str] = (), flags: Mapping[str, str] | None = None) -> None:
@@ -69,6 +69,19 @@ def sweep_parser(name: str, description: str) -> argparse.ArgumentParser:
         help="auto: integers are counts, scaled to the median depth and log1p; non-negative values below 15 are taken as "
         "log-normalised; log1p and none force it (default: auto)",
     )
+    score = parser.add_argument_group("scores")
+    score.add_argument(
+        "--convention",
+        metavar="NAME",
+        help="perturbray: effects from split controls (default); perturbench: its metrics, one control on both sides",
+    )
+    score.add_argument(
+        "--metric",
+        metavar="NAME",
+        action="append",
+        default=[],
+        help="a further metric, e.g. energy/pca or des/wilcoxon; may be repeated; see `perturbray list metrics`",
+    )
     run = parser.add_argument_group("running")
     run.add_argument("--plugin", metavar="FILE.py", action="append", default=[], help="registers models of your own")
     run.add_argument("--results", metavar="DIR", default="results", help="where results go (default: results)")
@@ -97,14 +110,42 @@ def command() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     report = commands.add_parser("report", help="print a sweep's leaderboard and write its page again")
     report.add_argument("folder", metavar="RESULTS/SWEEP")
+    judge = commands.add_parser(
+        "evaluate",
+        help="score predicted cells, whatever model made them",
+        description="Scores PREDICTED.h5ad against OBSERVED.h5ad, condition by condition. X of both is log1p of normalised "
+        "counts (see --normalize), genes are matched by name. Writes metrics.parquet, metrics.csv, summary.csv and "
+        "report.html.",
+    )
+    judge.add_argument("observed", metavar="OBSERVED.h5ad")
+    judge.add_argument("predicted", metavar="PREDICTED.h5ad")
+    judge.add_argument("--perturbation-key", metavar="K", default="condition", help="obs column (default: condition)")
+    judge.add_argument(
+        "--control", metavar="C", default="control", help="label of unperturbed cells (default: control)"
+    )
+    judge.add_argument("--covariate-keys", metavar="A,B", default="", help="obs columns that make up the context")
+    judge.add_argument(
+        "--delimiter", metavar="D", default="+", help="joins perturbations to a combination (default: +)"
+    )
+    judge.add_argument(
+        "--convention",
+        metavar="NAME",
+        default="perturbray",
+        help="see `perturbray list conventions` (default: perturbray)",
+    )
+    judge.add_argument("--training", metavar="TRAIN.h5ad", help="cells that the PCA and the mean response come from")
+    judge.add_argument(
+        "--normalize", action="store_true", help="X holds counts: scale both to the observed side's median depth, log1p"
+    )
+    judge.add_argument("--out", metavar="DIR", default="evaluation", help="where results go (default: evaluation)")
     listing = commands.add_parser("list", help="what there is to choose from")
     listing.add_argument("kind", choices=LISTS)
     listing.add_argument(
         "--plugin", metavar="FILE.py", action="append", default=[], help="registers models of your own"
     )
     arguments = parser.parse_args()
-    run = {"report": lambda: _report(arguments), "list": lambda: _list(arguments)}[arguments.command]
-    _end(_guard(run))
+    run = {"report": _report, "evaluate": _evaluate, "list": _list}[arguments.command]
+    _end(_guard(lambda: run(arguments)))
 
 
 def _end(code: int) -> None:
@@ -151,6 +192,7 @@ def _run_script(
     specs = [MODELS[name]() for name in names]
     dataset = _dataset(arguments)
     sweep = make(dataset, specs, **{name: getattr(arguments, name) for name in flags})
+    sweep = sweep.judge(arguments.convention, arguments.metric)
     if arguments.smoke:  # before --set, which a user means
         sweep = sweep.smoke()
     sweep = sweep.override(dict(changes)).grid(axes)
@@ -270,15 +312,15 @@ def _assignment(text: str, flag: str) -> tuple[str, str]:
     return path.strip(), value.strip()
 
 
-def _check_folder(folder: Path) -> None:
+def _check_folder(folder: Path, *, flag: str = "--results") -> None:
     """Raise InputError where results cannot be written, without making anything."""
     place = folder
     while not place.exists() and place != place.parent:
         place = place.parent
     if not place.is_dir():
-        raise InputError(f"--results {folder}: {place} is a file; name a folder")
+        raise InputError(f"{flag} {folder}: {place} is a file; name a folder")
     if not os.access(place, os.W_OK | os.X_OK):
-        raise InputError(f"--results {folder}: {place} cannot be written; name another folder")
+        raise InputError(f"{flag} {folder}: {place} cannot be written; name another folder")
 
 
 def _report(arguments: argparse.Namespace) -> int:
@@ -292,29 +334,68 @@ def _report(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _evaluate(arguments: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from perturbray.evaluate import Files, evaluate_files, summarise
+    from perturbray.results import table
+    from perturbray.results.evaluation import terminal_evaluation, write_evaluation
+
+    out = Path(arguments.out)
+    _check_folder(out, flag="--out")
+    keys = tuple(key.strip() for key in arguments.covariate_keys.split(",") if key.strip())
+    files = Files(
+        observed=arguments.observed,
+        predicted=arguments.predicted,
+        perturbation_key=arguments.perturbation_key,
+        control=arguments.control,
+        covariate_keys=keys,
+        delimiter=arguments.delimiter,
+        training=arguments.training,
+        normalize=arguments.normalize,
+    )
+    print(f"reading {arguments.observed} and {arguments.predicted}", flush=True)
+    with table.made(out):
+        values = evaluate_files(files, convention=arguments.convention, folder=out)
+        summary = summarise(values, covariate_keys=keys, convention=arguments.convention)
+        notes = {"command": shlex.join(["perturbray", *sys.argv[1:]]), **values.attrs}
+        write_evaluation(out, values, summary, notes=notes)
+    Console(highlight=False).print(terminal_evaluation(summary, notes))
+    print(f"page:   {out / 'report.html'}\ntable:  {out / 'metrics.csv'}")
+    return 0
+
+
 def _list(arguments: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     from perturbray import plugin
     from perturbray.data.ablations import ABLATIONS
     from perturbray.data.splits import SPLITS
-    from perturbray.metrics.metric import METRICS
+    from perturbray.metrics import CELL_METRICS, CONVENTIONS, METRICS
     from perturbray.models import MODELS
 
     plugin.install(tuple(plugin.Plugin.read(path) for path in arguments.plugin))
     board = Table(box=None, padding=(0, 2), show_header=False)
     board.add_column(no_wrap=True)
     board.add_column()
-    for name, thing in {"models": MODELS, "metrics": METRICS, "splits": SPLITS, "ablations": ABLATIONS}[
-        arguments.kind
-    ].items():
-        board.add_row(name, _says(thing))
+    registries = {
+        "models": MODELS,
+        "metrics": {**METRICS, **CELL_METRICS},
+        "conventions": CONVENTIONS,
+        "splits": SPLITS,
+        "ablations": ABLATIONS,
+    }
+    for name, thing in registries[arguments.kind].items():
+        board.add_row(name, Text(_says(thing)))  # as text: brackets are no markup
     Console(highlight=False).print(board)
     return 0
 
 
 def _says(thing: object) -> str:
+    if hasattr(thing, "function"):  # a convention
+        return " ".join((inspect.getdoc(thing.function) or "").split("\n\n")[0].split())
     if not isinstance(thing, type):  # a metric
         better = "higher" if thing.higher_is_better else "lower"
         chance = "" if thing.chance is None else f", chance {thing.chance:g}"

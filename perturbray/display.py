@@ -202,7 +202,12 @@ def clock(seconds: float) -> str:
 def show_results(folder: Path, console: Console) -> None:
     """The leaderboard of a results folder and where its files are."""
     reader = table.Reader(folder)
-    summary = summarise(reader.read(), table.read_plan(folder), analytic=table.read_reference(folder))
+    summary = summarise(
+        reader.read(),
+        table.read_plan(folder),
+        analytic=table.read_reference(folder),
+        anchors=table.read_anchors(folder),
+    )
     console.print(terminal(summary))
     for label, name in (("page", "report.html"), ("figure", "figure.png"), ("table", "summary.csv")):
         if (folder / name).exists():

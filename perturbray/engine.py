@@ -1,13 +1,14 @@
 """The engine: runs a sweep on Tune. Finished work is known by key and never repeated; one failure stops nothing else."""
 
+import hashlib
 import os
 import pickle
 import platform
 import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import cached_property, partial
 from importlib.metadata import version
@@ -17,16 +18,22 @@ import cloudpickle
 import numpy as np
 
 from perturbray import plugin, scoring, synthetic
-from perturbray.cluster import Cluster, Placement, connect, place
+from perturbray.cluster import SCORER_CPUS, Cluster, Placement, connect, place
 from perturbray.data import matrix
 from perturbray.data.dataset import Conditions, DatasetSpec, fingerprint, open_h5ad
 from perturbray.data.splits import TEST, TRAIN, Split
+from perturbray.data.truth import digest, observe
 from perturbray.errors import InputError
+from perturbray.metrics.cell_metrics import COMPONENTS
+from perturbray.metrics.distribution import fit_pca
+from perturbray.prediction import Truth
+from perturbray.randomness import generator
 from perturbray.results import table
 from perturbray.sweep import Sweep
 from perturbray.trial import Outcome, Trial, run
 
 ROUNDS = 3  # times that trials lost with their process are started again
+PCA_CELLS = 50_000  # training cells that the space of distribution metrics is fitted on
 CHECKPOINT_SECONDS = 30.0  # between two checkpoints of a trial
 PACKAGES = ("perturbray", "ray", "torch", "numpy", "anndata")
 
@@ -69,12 +76,31 @@ class Plan:
             self.facts[spec] = matrix.scan(spec, cell_names=conditions.cell_names, genes=conditions.genes)
 
     @cached_property
+    def contents(self) -> dict[DatasetSpec, str]:
+        """The content of each dataset, as it goes into keys."""
+        return {spec: fingerprint(conditions, self.facts[spec].digest) for spec, conditions in self.conditions.items()}
+
+    @cached_property
     def trials(self) -> dict[str, Trial]:
         """Trials by key, in the order of the sweep."""
-        contents = {
-            spec: fingerprint(conditions, self.facts[spec].digest) for spec, conditions in self.conditions.items()
-        }
-        return {trial.key(contents[trial.dataset]): trial for trial in self.sweep.trials}
+        return {trial.key(self.contents[trial.dataset], judged=self.sweep.judged): trial for trial in self.sweep.trials}
+
+    @cached_property
+    def anchors(self) -> dict[str, scoring.Anchor]:
+        """What models are held against, by key: one for each set of test cells and its division into strata."""
+        found = {}
+        for trial in self.sweep.trials:
+            split = self.splits[_task(trial)]
+            rows = np.flatnonzero((split.condition == TEST) & ~self.conditions[trial.dataset].is_control)
+            stratum, truth = split.stratum[rows], self.truth_of(trial)
+            text = "\n".join([self.contents[trial.dataset], truth, *stratum, *self.sweep.judged])
+            key = hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+            found.setdefault(key, scoring.Anchor(key=key, truth=truth, stratum=stratum, seed=trial.seed))
+        return found
+
+    def truth_of(self, trial: Trial) -> str:
+        """The digest of the truth that a trial is judged against."""
+        return digest(self.conditions[trial.dataset], self.splits[_task(trial)])
 
     def finished(self) -> set[str]:
         """Keys of this plan that have a result."""
@@ -125,6 +151,9 @@ class Plan:
             },
             "baselines": list(self.sweep.baselines),
             "notes": list(self.sweep.notes),
+            "anchors": sorted(self.anchors),
+            "controls": self.sweep.controls,
+            "cells": self.sweep.cells if self.sweep.needs_cells else 0,
             "versions": versions(),
             "status": {"state": state},
             "trials": [
@@ -156,7 +185,10 @@ class Shared:
     trials: bytes  # pickled {key: Trial}; opened once the plugins that define the specs are installed
     conditions: dict[DatasetSpec, Conditions]
     blocks: dict[DatasetSpec, "Blocks"]  # noqa: F821  # imports ray
-    metrics: tuple
+    truths: "ray.ObjectRef"  # noqa: F821  # {digest: Truth}
+    truth_of: dict[str, str]  # the truth of each trial, by key
+    cells: int  # predicted cells of a condition that are handed to the scorers; 0: none
+    score: Callable  # (item, truths), for a trial that scores itself
     pool: "Pool | None"  # noqa: F821  # imports ray
     order: dict[str, int]
     columns: dict[str, str]
@@ -209,7 +241,9 @@ def run_sweep(
         _store(plan, command)
         events.planned(plan)
         return 0
-    with _made(plan.folder), connect(address) as cluster:
+    with table.made(plan.folder), connect(address) as cluster:
+        import ray
+
         from perturbray.data import blocks
         from perturbray.metrics.pool import Pool
 
@@ -229,12 +263,12 @@ def run_sweep(
             (plan.folder / f"{key}{table.FAILED}").unlink(missing_ok=True)
         placement = place(cluster.cpus, cluster.gpus, trials=len(wanted))
         tune_folder = plan.folder / "tune" / datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
-        pool = None
-        if placement.scorers:
-            work = partial(scoring.score, folder=plan.folder.resolve(), metrics=plan.sweep.metrics)
-            from perturbray.cluster import SCORER_CPUS
-
-            pool = Pool.start(work, actors=placement.scorers, cpus=SCORER_CPUS)
+        truths = _observe(plan, read)
+        stored = ray.put(truths)
+        work = partial(
+            scoring.score, folder=plan.folder.resolve(), metrics=plan.sweep.metrics, source=plan.sweep.controls
+        )
+        pool = Pool.start(work, stored, actors=placement.scorers, cpus=SCORER_CPUS) if placement.scorers else None
         events.connected(cluster, placement, tune_folder)
         shared = Shared(
             folder=plan.folder.resolve(),
@@ -242,7 +276,10 @@ def run_sweep(
             trials=cloudpickle.dumps(plan.trials),
             conditions=plan.conditions,
             blocks=read,
-            metrics=plan.sweep.metrics,
+            truths=stored,
+            truth_of={key: plan.truth_of(trial) for key, trial in plan.trials.items()},
+            cells=plan.sweep.cells if plan.sweep.needs_cells else 0,
+            score=work,
             pool=pool,
             order={key: i for i, key in enumerate(plan.trials)},
             columns={f"version.{name}": text for name, text in versions().items()},
@@ -250,6 +287,13 @@ def run_sweep(
         with events.watching(plan):
             state = "interrupted"
             try:
+                for number, (key, anchor) in enumerate(plan.anchors.items()):
+                    if key in table.anchored(plan.folder):
+                        continue
+                    if pool is None:
+                        work(anchor, truths)
+                    else:
+                        pool.submit(f"anchor {key}", anchor, turn=number)
                 _run_rounds(plan, shared, placement, tune_folder, events)
                 state = "done"
             finally:
@@ -259,19 +303,6 @@ def run_sweep(
                 table.write_plan(plan.folder, {**table.read_plan(plan.folder), "status": {"state": state}})
     _raise_failures(plan, set(wanted))
     return len(wanted)
-
-
-@contextmanager
-def _made(folder: Path) -> Iterator[None]:
-    """A results folder, known to be writable before anything is read; taken away again if nothing came into it."""
-    new = [place for place in (folder, *folder.parents) if not place.exists()]
-    try:
-        table.create(folder)
-        yield
-    finally:
-        for place in new:
-            with suppress(OSError):  # it holds something, so it stays
-                place.rmdir()
 
 
 def _store(plan: Plan, command: str) -> None:
@@ -350,6 +381,7 @@ def _tune(keys: list[str], shared: Shared, placement: Placement, tune_folder: Pa
 
 def train(config: dict, *, shared: Shared) -> None:
     """Tune's trainable: one trial, from blocks to a prediction in a scorer's queue. Leaves no state in its process."""
+    import ray
     from ray import tune
 
     from perturbray.metrics.pool import NoScorerError
@@ -362,11 +394,28 @@ def train(config: dict, *, shared: Shared) -> None:
             checkpoints = _Checkpoints(tune)
             cells = shared.blocks[trial.dataset].cells()
             conditions = shared.conditions[trial.dataset]
-            outcome = run(trial, cells, conditions, report=checkpoints.report, state=checkpoints.restore())
-        scorable = _scorable(key, trial, outcome, conditions)
+            truths = ray.get(shared.truths)
+            truth = shared.truth_of[key]
+            outcome = run(
+                trial,
+                cells,
+                conditions,
+                truth=truths[truth],
+                sample=shared.cells,
+                report=checkpoints.report,
+                state=checkpoints.restore(),
+            )
+        scorable = scoring.Scorable(
+            key=key,
+            name=trial.name,
+            columns={**trial.columns(), **outcome.columns, "cells_cap": shared.cells},
+            truth=truth,
+            predicted=outcome.predicted,
+            stratum=outcome.stratum,
+        )
         scorable.columns.update(shared.columns, started=started, trained=scoring.now(), host=socket.gethostname())
         if shared.pool is None:
-            scoring.score(scorable, folder=shared.folder, metrics=shared.metrics)
+            shared.score(scorable, truths)
         else:
             shared.pool.submit(key, scorable, turn=shared.order[key])
     except NoScorerError:  # not the trial's fault: without a result and without a record, it is run again
@@ -431,21 +480,28 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _scorable(key: str, trial: Trial, outcome: Outcome, conditions: Conditions) -> scoring.Scorable:
-    rows = outcome.unseen
-    return scoring.Scorable(
-        key=key,
-        name=trial.name,
-        columns={**trial.columns(), **outcome.columns},
-        prediction=outcome.prediction,
-        condition=outcome.rows,
-        unpredicted=scoring.Unpredicted(
-            condition=rows,
-            context=conditions.context[rows],
-            perturbation=conditions.perturbation[rows],
-            stratum=outcome.split.stratum[rows],
-        ),
-    )
+def _observe(plan: Plan, read: dict[DatasetSpec, "Blocks"]) -> dict[str, Truth]:  # noqa: F821  # imports ray
+    """Every truth of a plan by digest, each computed once."""
+    truths: dict[str, Truth] = {}
+    for trial in plan.sweep.trials:
+        key, conditions, split = plan.truth_of(trial), plan.conditions[trial.dataset], plan.splits[_task(trial)]
+        if key in truths:
+            continue
+        cells = read[trial.dataset].cells()
+        if not plan.sweep.needs_cells:
+            truths[key] = observe(cells, conditions, split)
+            continue
+        # Fitted once for all levels and seeds: on the training cells of the task before anything is taken away.
+        whole = trial.split.split(conditions)
+        fitted_on = whole if digest(conditions, whole) == key else split
+        truth = observe(cells, conditions, split, sample=plan.sweep.cells)
+        rows = np.flatnonzero(fitted_on.cell == TRAIN)
+        rows = rows[np.argsort(conditions.cell_names[rows], kind="stable")]
+        if len(rows) > PCA_CELLS:
+            rows = np.sort(generator(0, "pca").choice(rows, PCA_CELLS, replace=False))
+        space = fit_pca(cells.select(rows), COMPONENTS)
+        truths[key] = replace(truth, pca_mean=space.mean, pca_loadings=space.loadings)
+    return truths
 
 
 def _raise_failures(plan: Plan, wanted: set[str]) -> None:

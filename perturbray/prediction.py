@@ -1,4 +1,8 @@
-"""Prediction: what a model hands to a metric. Plain numpy, so that metrics know neither models nor data."""
+"""Prediction: what a model hands to a metric. Plain numpy, so that metrics know neither models nor data.
+
+In a sweep its two sides come apart: a ``Truth`` is observed once for all trials that are judged on the same cells, and a
+``Predicted`` is what one trial adds to it.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -113,3 +117,76 @@ class Prediction:
         codes = np.asarray(codes).reshape(-1)
         for code in np.unique(codes):
             yield np.flatnonzero(codes == code)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Truth:
+    """Observed pseudobulks of the evaluated conditions, of the control cells they are predicted from, and of halves.
+
+    Cells are cut in two ``halvings`` times; the first halving serves the split control source, all serve calibration.
+    """
+
+    genes: tuple[str, ...]
+    covariates: tuple[str, ...]
+    contexts: tuple[tuple[str, ...], ...]
+    rows: np.ndarray  # (conditions,) int64, codes of the conditions in the dataset
+    context: np.ndarray  # (conditions,) int64
+    perturbation: np.ndarray  # (conditions,) str
+    observed: Pseudobulk  # (conditions, genes)
+    observed_halves: np.ndarray  # (halvings, 2, conditions, genes) float64; NaN where a half has no cell
+    observed_variance: np.ndarray  # (halvings, conditions, genes) float64, unbiased, of the second half
+    half_cells: np.ndarray  # (halvings, 2, conditions) int64
+    control_halves: np.ndarray  # (halvings, 2, contexts, genes) float64
+    control_variance: np.ndarray  # (halvings, contexts, genes) float64, unbiased, of the second half
+    control_rows: tuple[np.ndarray, ...]  # row numbers of each context's control cells
+    control_weights: tuple[np.ndarray, ...]  # (halvings * 2, controls) float64 each: a row averages a half
+    observed_sample: tuple[Any, ...] = ()  # CSR, cells of each condition; empty unless a metric needs cells
+    control_sample: tuple[Any, ...] = ()  # CSR, control cells of each context
+    pca_mean: np.ndarray | None = None  # (genes,) of the PCA fitted on training cells, where a metric needs cells
+    pca_loadings: np.ndarray | None = None  # (genes, components)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Predicted:
+    """What a trial predicts for conditions of a truth. Halves of controls are averaged by the trial itself, by the same
+    arithmetic as its predictions, so that an effect of exactly zero stays exactly zero."""
+
+    rows: np.ndarray  # (conditions,) int64, positions in the truth
+    mean: np.ndarray  # (conditions, genes) float64, from all control cells
+    cells: np.ndarray  # (conditions,) int64, predicted cells
+    control: Pseudobulk  # (contexts, genes)
+    halves: np.ndarray  # (halvings, 2, conditions, genes) float64, from each half of the control cells
+    control_halves: np.ndarray  # (halvings, 2, contexts, genes) float64
+    training_mean: np.ndarray  # (contexts, genes) unweighted mean over a context's training perturbations
+    sample: tuple[np.ndarray, ...] = ()  # (cells, genes) float32 of each condition; empty unless a metric needs cells
+
+
+def assemble(truth: Truth, predicted: Predicted, stratum: np.ndarray) -> Prediction:
+    """Both sides together: the `reference` control source, all control cells on both sides."""
+    at = predicted.rows
+    cells = None
+    if predicted.sample and truth.observed_sample:
+        observed = tuple(truth.observed_sample[row] for row in at)
+        cells = CellSample(
+            predicted=predicted.sample,
+            observed=observed,
+            control=truth.control_sample,
+            pca_mean=truth.pca_mean,
+            pca_loadings=truth.pca_loadings,
+        )
+    return Prediction(
+        genes=truth.genes,
+        covariates=truth.covariates,
+        contexts=truth.contexts,
+        context=truth.context[at],
+        perturbation=truth.perturbation[at],
+        stratum=stratum[at],
+        predicted=Pseudobulk(mean=predicted.mean, cells=predicted.cells),
+        observed=truth.observed.rows(at),
+        control=predicted.control,
+        training_mean=predicted.training_mean,
+        cells=cells,
+    )

@@ -14,6 +14,15 @@ METRICS = tuple(
     for score, effect in (("rmse", "average"), ("cosine", "logfc_logmean"), ("pearson", "delta_ctrl"))
     for rank in (False, True)
 )
+PUBLISHED = tuple(
+    Metric(score=score, effect=effect, rank=rank, exclude="none")
+    for score, effect in (("rmse", "average"), ("cosine", "logfc_logmean"))
+    for rank in (False, True)
+)
+CONVENTIONS = {
+    "perturbray": (METRICS, "split"),
+    "perturbench": (PUBLISHED, "reference"),
+}  # metrics, controls of effects
 SMOKE_EPOCHS = 3
 
 
@@ -24,6 +33,8 @@ class Sweep:
     name: str
     trials: tuple[Trial, ...]
     metrics: tuple[Metric, ...] = METRICS
+    controls: str = "split"  # where effects take their control cells from: split | reference
+    cells: int = 400  # cells of a condition that metrics of distributions see
     question: str = ""
     x: str = ""  # the column that a figure has on its x axis
     x_label: str = ""
@@ -34,6 +45,27 @@ class Sweep:
         object.__setattr__(self, "trials", tuple(self.trials))
         if not self.trials:
             raise InputError(f"sweep {self.name!r} has no trials")
+
+    @property
+    def needs_cells(self) -> bool:
+        """Whether a metric looks at cells and not only at means."""
+        return any(not isinstance(metric, Metric) for metric in self.metrics)
+
+    @property
+    def judged(self) -> tuple[str, ...]:
+        """What decides the scores beside the trial itself."""
+        cells = (f"cells={self.cells}",) if self.needs_cells else ()
+        return *sorted(metric.name for metric in self.metrics), f"controls={self.controls}", *cells
+
+    def judge(self, convention: str | None = None, metrics: Sequence[str] = ()) -> "Sweep":
+        """The sweep under another convention, and with further metrics by name."""
+        sweep = self
+        if convention is not None:
+            if convention not in CONVENTIONS:
+                raise InputError(f"no convention of sweeps is named {convention!r}: {nearest(convention, CONVENTIONS)}")
+            sweep = replace(sweep, metrics=CONVENTIONS[convention][0], controls=CONVENTIONS[convention][1])
+        added = [Metric.parse(name) for name in metrics]
+        return replace(sweep, metrics=tuple(dict.fromkeys([*sweep.metrics, *added])))
 
     def override(self, changes: Mapping[str, Any]) -> "Sweep":
         """Change fields of every trial that has them; a path that no trial has is an InputError."""

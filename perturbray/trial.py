@@ -8,6 +8,7 @@ import resource
 import time
 import types
 import typing
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,11 +18,12 @@ import torch
 from perturbray.data.ablations import ABLATIONS, AblationSpec
 from perturbray.data.batches import BatchStream, Cells
 from perturbray.data.dataset import Conditions, DatasetSpec
-from perturbray.data.splits import SPLITS, TEST, TRAIN, CovariateTransfer, Split, SplitSpec
+from perturbray.data.splits import SPLITS, TRAIN, CovariateTransfer, Split, SplitSpec
+from perturbray.data.truth import observe
 from perturbray.data.vocabulary import Vocabulary
 from perturbray.errors import InputError, nearest
 from perturbray.models.base import MODELS, Model, ModelSpec
-from perturbray.prediction import Prediction
+from perturbray.prediction import Predicted, Prediction, Truth, assemble
 from perturbray.randomness import derive
 from perturbray.training.fit import Fit, Report, Training, fit
 from perturbray.training.predict import predict
@@ -49,14 +51,15 @@ class Trial:
             parts.append(f"{ABLATIONS.name_of(self.ablation)} {level}")
         return ", ".join([*parts, f"seed {self.seed}"])
 
-    def key(self, fingerprint: str) -> str:
-        """A hash of what the trial is: every field, and the dataset's content instead of its place."""
+    def key(self, fingerprint: str, *, judged: Sequence[str] = ()) -> str:
+        """A hash of what the trial is and how it is judged: every field, the dataset's content instead of its place, and
+        the names of the metrics."""
         table = {"dataset": {name: value for name, value in _fields(self.dataset).items() if name not in WHERE}}
         table["dataset"]["content"] = fingerprint
         for part, registry in (("model", MODELS), ("split", SPLITS), ("ablation", ABLATIONS)):
             spec = getattr(self, part)
             table[part] = None if spec is None else {"": registry.name_of(spec), **_fields(spec)}
-        table |= {"training": _fields(self.training), "seed": self.seed}
+        table |= {"training": _fields(self.training), "seed": self.seed, "judged": list(judged)}
         text = json.dumps(_canonical(table), sort_keys=True, default=str)
         return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
@@ -114,24 +117,42 @@ class Trial:
 class Outcome:
     """What running a trial gives: a prediction to score, and columns about the run."""
 
-    prediction: Prediction
-    rows: np.ndarray  # row numbers in Conditions of what was predicted
-    unseen: np.ndarray  # and of what was not, since training never showed the perturbation
+    predicted: Predicted
+    truth: Truth
     split: Split
     fit: Fit
     model: Model
     columns: dict[str, str | int | float]
 
+    @property
+    def stratum(self) -> np.ndarray:
+        """(conditions of the truth,) str."""
+        return self.split.stratum[self.truth.rows]
+
+    @property
+    def prediction(self) -> Prediction:
+        """Both sides together, for metrics outside of a sweep: the same control cells on both."""
+        return assemble(self.truth, self.predicted, self.stratum)
+
 
 def run(
-    trial: Trial, cells: Cells, conditions: Conditions, *, report: Report | None = None, state: dict | None = None
+    trial: Trial,
+    cells: Cells,
+    conditions: Conditions,
+    *,
+    truth: Truth | None = None,
+    sample: int = 0,
+    report: Report | None = None,
+    state: dict | None = None,
 ) -> Outcome:
     """Split, build, fit, predict: in this process, on a GPU if there is one. Knows nothing of Ray.
 
-    The numbers depend on the trial alone: torch's generator is seeded here and given back as it was.
+    The numbers depend on the trial alone: torch's generator is seeded here and given back as it was. ``truth`` is that of
+    the trial's split, where it is at hand; ``sample`` predicted cells of each condition are kept.
     """
     started = time.perf_counter()
     split = trial.make_split(conditions)
+    truth = truth or observe(cells, conditions, split)
     vocabulary = Vocabulary.of(conditions, split)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     stream = BatchStream(
@@ -148,15 +169,15 @@ def run(
         model = trial.model.build(vocabulary).to(device)
         done = fit(model, stream, trial.training, report=report, state=state)
         fitted = time.perf_counter()
-        prediction, rows, unseen = predict(model, stream, vocabulary, subset=TEST)
-    if not len(prediction):
+        predicted = predict(model, stream, vocabulary, truth, sample=sample)
+    if not len(predicted.rows):
         raise InputError(f"{trial.name}: no test condition is left to predict; the split holds out too little")
     columns = {
         "imbalance": split.record.get("imbalance", math.nan),
         "training_perturbations": json.dumps(split.record.get("training_perturbations", {})),
         "train_conditions": int(vocabulary.is_train.sum()),
         "train_cells": len(split.cells(TRAIN, conditions=conditions, controls=False)),
-        "test_conditions": len(prediction) + len(unseen),
+        "test_conditions": len(truth),
         "parameters": sum(p.numel() for p in model.parameters()),
         "epochs": done.epochs,
         "best_epoch": done.best_epoch,
@@ -165,7 +186,7 @@ def run(
         "predict_seconds": time.perf_counter() - fitted,
         "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
     }
-    return Outcome(prediction=prediction, rows=rows, unseen=unseen, split=split, fit=done, model=model, columns=columns)
+    return Outcome(predicted=predicted, truth=truth, split=split, fit=done, model=model, columns=columns)
 
 
 def _fields(spec: Any) -> dict[str, Any]:

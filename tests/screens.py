@@ -16,10 +16,13 @@ from scipy import sparse
 from perturbray.data import matrix
 from perturbray.data.batches import BatchStream, Cells
 from perturbray.data.dataset import Conditions, DatasetSpec, open_h5ad
-from perturbray.data.splits import CovariateTransfer, Split
+from perturbray.data.splits import TEST, CovariateTransfer, Split
+from perturbray.data.truth import observe
 from perturbray.data.vocabulary import Vocabulary
 from perturbray.models.base import Model, ModelSpec
+from perturbray.prediction import assemble
 from perturbray.training.fit import Training, fit
+from perturbray.training.predict import predict
 
 Cell = tuple[tuple[str, ...], str]  # context, label
 
@@ -65,7 +68,7 @@ def _write_column(file: h5py.File, place: str, values) -> None:
     file[place].attrs.update({"encoding-type": "string-array", "encoding-version": "0.2.0"})
 
 
-def rectangle(contexts: int, perturbations: int, *, cells: int = 1, controls: int = 4) -> list[Cell]:
+def rectangle(contexts: int, perturbations: int, *, cells: int = 1, controls: int = 8) -> list[Cell]:
     """Every perturbation in every context."""
     found: list[Cell] = []
     for c in range(contexts):
@@ -150,3 +153,11 @@ def noise_free(
     split = (task or CovariateTransfer()).split(conditions)
     conditions = replace(conditions, genes=tuple(f"gene_{i}" for i in range(genes)))
     return Lab(conditions=conditions, cells=Cells([rows]), split=split, seed=seed), means
+
+
+def predicted(model: Model, stream: BatchStream, vocabulary: Vocabulary, *, subset: int = TEST):
+    """What a fitted model predicts for a subset, the codes of its conditions, and of those that training never showed."""
+    truth = observe(stream.cells, stream.conditions, stream.split, subset=subset)
+    found = predict(model, stream, vocabulary, truth)
+    unseen = np.setdiff1d(truth.rows, truth.rows[found.rows])
+    return assemble(truth, found, stream.split.stratum[truth.rows]), truth.rows[found.rows], unseen

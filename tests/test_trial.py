@@ -306,10 +306,10 @@ def test_an_outcome_is_of_the_test_conditions(screen):
     outcome = run(trial_of(screen, "mean_shift"), screen.cells, screen.conditions)
     conditions, prediction = screen.conditions, outcome.prediction
     asked = np.flatnonzero((outcome.split.condition == TEST) & ~conditions.is_control)
-    assert sorted([*outcome.rows, *outcome.unseen]) == asked.tolist()
-    assert prediction.perturbation.tolist() == conditions.perturbation[outcome.rows].tolist()
+    assert outcome.truth.rows[outcome.predicted.rows].tolist() == asked.tolist()
+    assert prediction.perturbation.tolist() == conditions.perturbation[asked].tolist()
     dense = screen.rows.toarray().astype(np.float64)
-    for row, observed, cells in zip(outcome.rows, prediction.observed.mean, prediction.observed.cells, strict=True):
+    for row, observed, cells in zip(asked, prediction.observed.mean, prediction.observed.cells, strict=True):
         here = conditions.cell_condition == row
         assert here.sum() == cells
         np.testing.assert_allclose(observed, dense[here].mean(axis=0), rtol=1e-9)

@@ -15,7 +15,6 @@ from perturbray.errors import InputError
 from perturbray.randomness import generator
 
 Mode = Literal["paired", "perturbed", "all"]
-MAX_CONTROLS = 1000  # control cells of a context from which its conditions are predicted (PerturBench's number)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,15 +146,6 @@ class BatchStream:
             name = self.conditions.context_name(context[bare[0]])
             raise InputError(f"context {name} has no control cells in {SUBSETS[subset]} to pair its cells with")
         return controls[first[context] + (draw[order] * size[context]).astype(np.int64)]
-
-    def controls(self, context: int, subset: int) -> np.ndarray:
-        """At most MAX_CONTROLS rows of a context's control cells of a subset, the same for every model of a seed."""
-        rows = self.split.cells(subset, conditions=self.conditions, controls=True)
-        rows = rows[self._context_of_cell[rows] == context]
-        if len(rows) > MAX_CONTROLS:
-            rng = generator(self.seed, "prediction", SUBSETS[subset], *self.conditions.contexts[context])
-            rows = np.sort(rng.choice(rows, MAX_CONTROLS, replace=False))
-        return rows
 
     def _tensor(self, values: np.ndarray) -> Tensor:
         return torch.from_numpy(values).to(self.device, non_blocking=True)

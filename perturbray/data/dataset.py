@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -157,6 +157,16 @@ def _column(spec: DatasetSpec, frame: h5py.Group | h5py.Dataset, column: str) ->
             "drop them or give them a value"
         )
     return values.astype(str)
+
+
+def obs_columns(spec: DatasetSpec, file: h5py.File, columns: Sequence[str]) -> pd.DataFrame:
+    """Columns of obs as text. Raises InputError for one that is not there or has gaps."""
+    return pd.DataFrame({column: _column(spec, file["obs"], column).to_numpy() for column in columns})
+
+
+def var_names(file: h5py.File) -> np.ndarray:
+    """Gene names, (genes,) str."""
+    return _names(file["var"])
 
 
 def split_label(label: str, *, control: str, delimiter: str | None) -> tuple[str, ...]:

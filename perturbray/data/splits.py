@@ -53,7 +53,7 @@ class CovariateTransfer(SplitSpec):
     max_contexts: int = 1  # in which one perturbation may be held out
     min_train_contexts: int = 1  # in which a held-out perturbation must stay
     controls: tuple[float, float, float] = (0.5, 0.25, 0.25)  # train, validation, test share of a context's controls
-    min_controls: int = 1  # control cells that every subset of a context must have
+    min_controls: int = 2  # control cells that every subset of a context must have
     seed: int = 42
 
     def __post_init__(self) -> None:

@@ -2,44 +2,19 @@
 
 import hashlib
 import itertools
-from dataclasses import dataclass
 
 import numpy as np
 from scipy import sparse
 
-from perturbray.data.batches import MAX_CONTROLS, Cells
+from perturbray.data.batches import Cells
 from perturbray.data.dataset import Conditions
 from perturbray.data.splits import SUBSETS, TEST, Split
 from perturbray.errors import InputError
-from perturbray.prediction import Pseudobulk
+from perturbray.prediction import Pseudobulk, Truth
 from perturbray.randomness import generator
 
+MAX_CONTROLS = 1000  # control cells of a context from which its conditions are predicted (PerturBench's number)
 HALVINGS = 5  # times that cells are cut in two halves; the first serves the split control source
-
-
-@dataclass(frozen=True, kw_only=True)
-class Truth:
-    """Observed pseudobulks of a subset's conditions, of the control cells they are predicted from, and of their halves.
-
-    Halves are cut by cell name with a fixed seed, so they are the same for every trial, whatever the order of the rows.
-    """
-
-    genes: tuple[str, ...]
-    covariates: tuple[str, ...]
-    contexts: tuple[tuple[str, ...], ...]
-    rows: np.ndarray  # (conditions,) int64, codes in Conditions
-    context: np.ndarray  # (conditions,) int64
-    perturbation: np.ndarray  # (conditions,) str
-    observed: Pseudobulk  # (conditions, genes)
-    observed_halves: np.ndarray  # (halvings, 2, conditions, genes) float64; NaN where a half has no cell
-    observed_variance: np.ndarray  # (halvings, conditions, genes) float64, unbiased, of the second half
-    half_cells: np.ndarray  # (halvings, 2, conditions) int64
-    control_halves: np.ndarray  # (halvings, 2, contexts, genes) float64
-    control_variance: np.ndarray  # (halvings, contexts, genes) float64, unbiased, of the second half
-    control_rows: tuple[np.ndarray, ...]  # row numbers of each context's control cells, at most MAX_CONTROLS
-    control_weights: tuple[np.ndarray, ...]  # (halvings * 2, controls) float64 each: a row averages a half
-    observed_sample: tuple[sparse.csr_matrix, ...] = ()  # at most ``sample`` cells of each condition
-    control_sample: tuple[sparse.csr_matrix, ...] = ()  # and of each context's controls
 
 
 def digest(conditions: Conditions, split: Split, *, subset: int = TEST) -> str:
@@ -148,7 +123,7 @@ def _moments(
 
 def _weights(half: np.ndarray) -> np.ndarray:
     """(halvings * 2, cells): a row for each half that averages its cells."""
-    member = np.stack([half == 0, half == 1], axis=1).reshape(-1, half.shape[1]).astype(np.float64)
+    member = np.stack([half == 0, half == 1], axis=1).reshape(2 * len(half), half.shape[1]).astype(np.float64)
     return member / np.maximum(member.sum(axis=1, keepdims=True), 1)
 
 

@@ -119,19 +119,30 @@ def _between(prediction: Prediction, truth: Pseudobulk, guess: Pseudobulk) -> Pr
 def interpolated_duplicate(
     duplicate: Prediction, baseline: Prediction, half: Cells, comparison: Comparison
 ) -> Prediction:
+    """``interpolate`` with the variances of the duplicate's half."""
+    variance, control = np.full(duplicate.predicted.mean.shape, np.nan), np.full(duplicate.control.mean.shape, np.nan)
+    for code, rows in comparison.by_context():
+        control[code] = moments(half.of(comparison.control(code)))[1]
+        for row in rows:
+            variance[row] = moments(half.of(row))[1]
+    return interpolate(duplicate, baseline.predicted.mean, variance=variance, control_variance=control)
+
+
+def interpolate(
+    duplicate: Prediction, baseline: np.ndarray, *, variance: np.ndarray, control_variance: np.ndarray
+) -> Prediction:
     """Gene-wise α·duplicate + (1 − α)·baseline with α = 1 − q, q of the duplicate's half against its control.
 
-    What a replicate would be with its noise taken out where there is no effect (Miller, Mejia et al. 2025).
+    What a replicate would be with its noise taken out where there is no effect (Miller, Mejia et al. 2025). Variances
+    over cells are unbiased, (conditions, genes) and (contexts, genes); q is 1 for a condition of fewer than two cells.
     """
     q = np.ones(duplicate.predicted.mean.shape)
-    for code, rows in comparison.by_context():
-        cells = half.of(comparison.control(code))
-        against = (*moments(cells), len(cells))
-        for row in rows:
-            x = half.of(row)
-            if min(len(x), len(cells)) > 1:
-                q[row] = benjamini_hochberg(welch((*moments(x), len(x)), against)[1])
-    mean = (1 - q) * duplicate.predicted.mean + q * baseline.predicted.mean
+    for row, code in enumerate(duplicate.context):
+        sides = (duplicate.predicted, row, variance[row]), (duplicate.control, code, control_variance[code])
+        parts = [(bulk.mean[at], spread, int(bulk.cells[at])) for bulk, at, spread in sides]
+        if min(n for *_, n in parts) > 1:
+            q[row] = benjamini_hochberg(welch(*parts)[1])
+    mean = (1 - q) * duplicate.predicted.mean + q * baseline
     return predicting(duplicate, mean)
 
 

@@ -17,7 +17,7 @@ from perturbray.errors import InputError, nearest
 from perturbray.prediction import Pseudobulk
 from perturbray.randomness import derive
 
-ROWS = 32_768  # cells summed at once
+BLOCK_BYTES = 64 << 20  # of dense float64 that a pass over cells holds at once
 LARGEST = 15.0  # log1p of anything real is smaller
 SHOWN = 20  # conditions listed in an error
 
@@ -91,6 +91,11 @@ def dense(X: Matrix) -> np.ndarray:
     return np.asarray(X.toarray() if sparse.issparse(X) else X, dtype=np.float64)
 
 
+def block_rows(X: Matrix) -> int:
+    """Rows of a matrix that are held at once, as float64."""
+    return max(1, BLOCK_BYTES // (8 * max(1, X.shape[1])))
+
+
 def group_sums(
     X: Matrix, group: np.ndarray, groups: int, transform: Callable[[np.ndarray], np.ndarray] | None = None
 ) -> np.ndarray:
@@ -99,10 +104,11 @@ def group_sums(
     ``transform`` acts on the stored values and must keep 0 at 0. Rows are taken in blocks, in float64.
     """
     sums = np.zeros((groups, X.shape[1]))
-    for start in range(0, X.shape[0], ROWS):
-        code = group[start : start + ROWS]
+    step = block_rows(X)
+    for start in range(0, X.shape[0], step):
+        code = group[start : start + step]
         kept = np.flatnonzero(code >= 0)
-        block = X[start : start + ROWS].astype(np.float64)
+        block = X[start : start + step].astype(np.float64)
         if transform is not None:
             if sparse.issparse(block):
                 block.data = transform(block.data)
@@ -241,11 +247,15 @@ def compare(
 
 def _broken_groups(cells: Cells) -> np.ndarray:
     """Groups with a cell that holds NaN or infinity."""
-    if sparse.issparse(cells.X):
-        rows = np.repeat(np.arange(cells.X.shape[0]), np.diff(cells.X.indptr))[~np.isfinite(cells.X.data)]
-    else:
-        rows = np.flatnonzero(~np.isfinite(cells.X).all(axis=1))
-    groups = np.unique(cells.group[rows])
+    step, rows = block_rows(cells.X), [np.empty(0, dtype=int)]
+    for start in range(0, cells.X.shape[0], step):
+        block = cells.X[start : start + step]
+        if sparse.issparse(block):
+            bad = np.repeat(np.arange(block.shape[0]), np.diff(block.indptr))[~np.isfinite(block.data)]
+        else:
+            bad = np.flatnonzero(~np.isfinite(block).all(axis=1))
+        rows.append(start + bad)
+    groups = np.unique(cells.group[np.concatenate(rows)])
     return groups[groups >= 0]
 
 

@@ -25,16 +25,17 @@ class Convention:
     version: int
     function: Callable[..., None]
     drops_missing: bool = False  # conditions without a prediction are left out, not refused
+    mean: str = "pooled"  # its headline: pooled or macro as in ``aggregate``; contaminated: one NaN makes the mean NaN
 
 
 CONVENTIONS: Registry[Convention] = Registry("convention")
 
 
-def convention(name: str, *, version: int = 1, drops_missing: bool = False) -> Callable:
+def convention(name: str, *, version: int = 1, drops_missing: bool = False, mean: str = "pooled") -> Callable:
     """Register a function of (comparison, results) as a convention."""
 
     def keep(function: Callable[..., None]) -> Callable[..., None]:
-        CONVENTIONS.register(name)(Convention(name, version, function, drops_missing))
+        CONVENTIONS.register(name)(Convention(name, version, function, drops_missing, mean))
         return function
 
     return keep

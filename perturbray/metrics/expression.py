@@ -88,17 +88,24 @@ def _z(p: np.ndarray, direction: np.ndarray) -> np.ndarray:
 
 
 def welch(
-    x: tuple[np.ndarray, np.ndarray, int], y: tuple[np.ndarray, np.ndarray, int], *, overestimate: bool = False
+    x: tuple[np.ndarray, np.ndarray, int],
+    y: tuple[np.ndarray, np.ndarray, int],
+    *,
+    overestimate: bool = False,
+    p_values: bool = True,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Welch's t and two-sided p from (mean, unbiased variance, cells) of two groups; no variance and equal means: 0, 1.
 
-    ``overestimate`` puts the first group's size in place of the second's (scanpy's ``t-test_overestim_var``).
+    ``overestimate`` puts the first group's size in place of the second's (scanpy's ``t-test_overestim_var``). Without
+    ``p_values``, which cost more than all the rest, p is NaN.
     """
     (mean_x, var_x, n_x), (mean_y, var_y, n_y) = x, y
     n_y = n_x if overestimate else n_y
     share_x, share_y = var_x / n_x, var_y / n_y
     with np.errstate(divide="ignore", invalid="ignore"):
         t = (mean_x - mean_y) / np.sqrt(share_x + share_y)
+        if not p_values:
+            return np.where(np.isnan(t), 0.0, t), np.full(t.shape, np.nan)
         freedom = (share_x + share_y) ** 2 / (share_x**2 / max(n_x - 1, 1) + share_y**2 / max(n_y - 1, 1))
         p = 2 * stats.t.sf(np.abs(t), freedom)
     p = np.where(np.isinf(t), 0.0, p)
@@ -106,13 +113,18 @@ def welch(
 
 
 def t_table(
-    cells: Cells, groups: Sequence[int], control: tuple[np.ndarray, np.ndarray, int], *, overestimate: bool
+    cells: Cells,
+    groups: Sequence[int],
+    control: tuple[np.ndarray, np.ndarray, int],
+    *,
+    overestimate: bool,
+    p_values: bool = True,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """t and p of each group against the moments of the control, (groups, genes) each."""
+    """t and p, as ``welch``, of each group against the moments of the control, (groups, genes) each."""
     tests = []
     for group in groups:
         x = cells.of(group)
-        tests.append(welch((*moments(x), len(x)), control, overestimate=overestimate))
+        tests.append(welch((*moments(x), len(x)), control, overestimate=overestimate, p_values=p_values))
     return tuple(np.stack(part) for part in zip(*tests, strict=True))
 
 

@@ -30,8 +30,9 @@ class Scorer:
     Ray starts one again whose process died; what it held is lost, and its trials have no result.
     """
 
-    def __init__(self, work: Callable[[Any], None]) -> None:
-        self._work = work
+    def __init__(self, work: Callable[..., None], common: Sequence[ray.ObjectRef]) -> None:
+        # References in a list, since an actor with an object as an argument could not be started again.
+        self._work, self._common = work, ray.get(list(common))
         self._items: queue.Queue = queue.Queue(maxsize=WAITING)
         self._failed: list[Failed] = []
         threading.Thread(target=self._run, daemon=True).start()
@@ -50,7 +51,7 @@ class Scorer:
         while True:
             name, item = self._items.get()
             try:
-                self._work(item)
+                self._work(item, *self._common)
             except Exception as error:
                 self._failed.append(Failed(name, _portable(error), traceback.format_exc()))
             finally:
@@ -73,13 +74,16 @@ class Pool:
         return {"actors": self.actors, "_make": None}
 
     @classmethod
-    def start(cls, work: Callable[[Any], None], *, actors: int, cpus: float) -> "Pool":
-        """Start the actors and wait for them: before the trials, or Tune's placement groups would capture them."""
+    def start(cls, work: Callable[..., None], *common: ray.ObjectRef, actors: int, cpus: float) -> "Pool":
+        """Start the actors and wait for them: before the trials, or Tune's placement groups would capture them.
+
+        ``work(item, *common)`` is done for each item; ``common`` lies in the object store, once for all actors.
+        """
         options = {"num_cpus": cpus, "runtime_env": {"env_vars": {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}}}
 
         def make() -> Any:
             # Named for the dashboard; apart from each other, since a name stays taken for a moment after a kill.
-            return Scorer.options(name=f"scorer-{uuid.uuid4().hex[:8]}", **options).remote(work)
+            return Scorer.options(name=f"scorer-{uuid.uuid4().hex[:8]}", **options).remote(work, list(common))
 
         pool = cls([make() for _ in range(actors)], make)
         ray.get([actor.drain.remote() for actor in pool.actors])

@@ -30,7 +30,7 @@ MORE = (  # they need what only cells give: linear means, gene weights
 )
 
 
-@convention("perturbray")
+@convention("perturbray", mean="macro")
 def perturbray(
     comparison: Comparison,
     results: Results,

@@ -6,11 +6,12 @@ at random have their expected value here.
 
 import numpy as np
 from scipy import stats
+from scipy.spatial.distance import cdist
 
 from perturbray.errors import InputError
 from perturbray.metrics.cells import Comparison, Matrix, moments, pseudobulk
 from perturbray.metrics.conventions import Results, convention
-from perturbray.metrics.distribution import Euclidean, energy, energy_matrix, fit_pca, within
+from perturbray.metrics.distribution import energy_matrix, fit_pca
 from perturbray.metrics.effects import PSEUDOCOUNT
 from perturbray.metrics.expression import (
     LEVEL,
@@ -111,12 +112,13 @@ def _perturbench_tests(comparison: Comparison, rows: np.ndarray, control: int) -
     cells = comparison.observed.of(control)
     against = (*moments(cells), len(cells))
     scores = [
-        t_table(side, rows, against, overestimate=True)[0] for side in (comparison.predicted, comparison.observed)
+        t_table(side, rows, against, overestimate=True, p_values=False)[0]
+        for side in (comparison.predicted, comparison.observed)
     ]
     predicted, observed = (
         np.where(np.isfinite(score), score, 0.0).astype(np.float32).astype(float) for score in scores
     )
-    fit = np.stack([_r2_prediction_first(row, observed) for row in predicted])
+    fit = _r2_prediction_first(predicted, observed)
     k = min(TOP_K, predicted.shape[1])
     top = [np.argsort(np.abs(side), axis=1, kind="stable")[:, ::-1][:, :k] for side in (predicted, observed)]
     chosen = [np.zeros(predicted.shape) for _ in top]
@@ -130,12 +132,11 @@ def _perturbench_tests(comparison: Comparison, rows: np.ndarray, control: int) -
 
 
 def _r2_prediction_first(predicted: np.ndarray, observed: np.ndarray) -> np.ndarray:
-    """1 − Σ(a−b)²/Σ(a−ā)² for one prediction a and all observations b; as scikit-learn, 0 or 1 for a constant a."""
-    error = ((observed - predicted) ** 2).sum(axis=1)
-    total = ((predicted - predicted.mean()) ** 2).sum()
-    if total == 0:
-        return np.where(error == 0, 1.0, 0.0)
-    return 1 - error / total
+    """1 − Σ(a−b)²/Σ(a−ā)² for all predictions a and observations b; as scikit-learn, 0 or 1 for a constant a."""
+    error = cdist(predicted, observed, "sqeuclidean")
+    total = ((predicted - predicted.mean(axis=1, keepdims=True)) ** 2).sum(axis=1, keepdims=True)
+    constant = np.where(error == 0, 1.0, 0.0)
+    return np.where(total == 0, constant, 1 - error / np.where(total == 0, 1, total))
 
 
 def _means_with_own_control(comparison: Comparison, name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -148,7 +149,7 @@ def _means_with_own_control(comparison: Comparison, name: str) -> tuple[np.ndarr
     return tuple(pseudobulk(side).mean for side in (comparison.predicted, comparison.observed))
 
 
-@convention("cell-eval")
+@convention("cell-eval", mean="contaminated")
 def cell_eval(comparison: Comparison, results: Results) -> None:
     """cell-eval 0.8.2, profile ``full`` without clustering_agreement, once a context."""
     predicted, observed = _means_with_own_control(comparison, "cell-eval")
@@ -208,10 +209,9 @@ def _edistance_correlation(comparison: Comparison, rows: np.ndarray, control: in
     """Pearson correlation over perturbations of the energy distance to each side's own control."""
     distances = []
     for side in (comparison.predicted, comparison.observed):
-        cells = side.of(control)
-        known = within(cells, Euclidean())[0]
-        distances.append([energy(side.of(group), cells, estimator="V", within_y=known) for group in rows])
-    return float(SCORES["pearson"](*(np.array(side) for side in distances)))
+        groups = [side.X[side.rows(group)] for group in (control, *rows)]
+        distances.append(energy_matrix(groups[1:], groups[:1], estimator="V")[:, 0])
+    return float(SCORES["pearson"](*distances))
 
 
 def fold_change_of_geometric_means(mean: np.ndarray, control: np.ndarray) -> np.ndarray:

@@ -37,7 +37,7 @@ class Cube:
     @classmethod
     def of(cls, rows: pd.DataFrame, *, bootstrap: Mapping) -> "Cube":
         """From long rows with ``level`` and ``series``."""
-        unit, context, perturbation = _conditions(rows)
+        unit, context, perturbation = conditions_of(rows)
         groups = rows.groupby(_COLUMN, observed=True, sort=True)
         column, columns = groups.ngroup().to_numpy(), groups.size().index.to_frame(index=False)
         shape = (len(context), len(columns))
@@ -104,8 +104,8 @@ class Cube:
         )
 
 
-def _conditions(rows: pd.DataFrame) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Condition of each row, (rows,); context and perturbation of each condition, (conditions,)."""
+def conditions_of(rows: pd.DataFrame) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Condition of each row, (rows,); context and perturbation of each condition, (conditions,); all as codes."""
     covariates = [name for name in rows.columns if name.startswith("covariate.")]
     options = {"observed": True, "dropna": False}
     perturbation = rows.groupby("perturbation", **options).ngroup().to_numpy()

@@ -1,4 +1,6 @@
-"""The page's markup and its look: one jinja2 template that loads nothing; `report` says what goes into it."""
+"""The markup of pages and their look: jinja2 templates that load nothing; `report` and `evaluation` fill them."""
+
+from jinja2 import Environment, StrictUndefined, Template
 
 STYLE = """
 :root { color-scheme: light dark; --paper: #ffffff; --ink: #1d2327; --soft: #5c666d; --line: #dfe3e6; --wash: #f5f7f8;
@@ -81,6 +83,9 @@ MACROS = """\
 {% else %}
 <span class="gap {{ cell.verdict }}" title="{{ cell.verdict }}, against {{ cell.reference }}">
 {{- cell.mark }} {{ cell.difference }} {{ cell.interval }}</span>
+{% endif %}
+{% if cell.scaled %}
+<small class="gap">{{ cell.scaled }}{% if cell.reaches %} <b>◆ reaches the replicate</b>{% endif %}</small>
 {% endif %}{% endif %}
 {% endmacro %}
 {% macro board(level, group) %}
@@ -116,13 +121,14 @@ MACROS = """\
 <table><caption>{{ frame.caption }}</caption>
 <thead><tr>
 {% for name in frame.columns %}
-<th scope="col"{% if not loop.first %} class="{{ frame.align }}"{% endif %}>{{ name }}</th>
+<th scope="col"{% if not loop.first %} class="{{ frame.align[loop.index0] }}"{% endif %}>{{ name }}</th>
 {% endfor %}
 </tr></thead>
 <tbody>
 {% for row in frame.rows %}
 <tr>{% for value in row %}
-{% if loop.first %}<th scope="row">{{ value }}</th>{% else %}<td class="{{ frame.align }}">{{ value }}</td>{% endif %}
+{% if loop.first %}<th scope="row">{{ value }}</th>{% else %}
+<td class="{{ frame.align[loop.index0] }}">{{ value }}</td>{% endif %}
 {% endfor %}</tr>
 {% endfor %}
 </tbody></table></div>
@@ -190,6 +196,26 @@ BODY = """\
 </section>
 {% endif %}
 
+{% if bounds %}
+<section id="anchors"><h2>Floor and ceiling</h2>
+<p class="soft">{{ scaled_text }}</p>
+{% if scaled_figure %}
+<figure><div class="wide" tabindex="0" role="region" aria-label="figure of scaled scores">{{ scaled_figure }}</div>
+<figcaption>{{ scaled_caption }}</figcaption></figure>
+{% endif %}
+{{ grid(bounds) }}
+<p class="soft">{{ reaching }}</p>
+<p class="soft">{{ controls }}</p>
+</section>
+{% endif %}
+
+{% if effects %}
+<section id="effects"><h2>By size of effect</h2>
+<details><summary>{{ effects.title }}</summary>
+{% for frame in effects.grids %}{{ grid(frame) }}{% endfor %}
+</details></section>
+{% endif %}
+
 {% if changes %}<section id="changes"><h2>What each model loses</h2>{{ grid(changes) }}</section>{% endif %}
 {% if truth %}<section id="truth"><h2>Against the known truth</h2>{{ grid(truth) }}</section>{% endif %}
 
@@ -238,4 +264,65 @@ are in summary.csv.</p>
 </html>
 """
 
+EVALUATION = """\
+<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{{ title }}</title>
+<style>{{ style }}
+.plots { display: grid; grid-template-columns: repeat(auto-fill, minmax(19rem, 1fr)); gap: .4rem 1.6rem; }
+.plots figure { margin: .4rem 0; min-width: 0; }
+.plots figcaption { margin: 0; }
+.plots figcaption b { color: var(--ink); overflow-wrap: anywhere; }
+.plots svg { width: 100%; height: auto; display: block; }
+.plots circle { fill: var(--accent); fill-opacity: .55; }
+.plots circle.edge { fill: var(--paper); stroke: var(--bad); }
+.plots circle:hover { fill-opacity: 1; }
+.plots line { stroke: var(--line); } .plots line.median { stroke: var(--ink); stroke-dasharray: 2 3; }
+.plots text { fill: var(--soft); font: 10px system-ui, "Segoe UI", Helvetica, Arial, sans-serif; }
+</style>
+</head>
+<body>
+<main>
+<header>
+<p class="kind">perturbray evaluate, convention <b>{{ convention }}</b></p>
+<h1>{{ title }}</h1>
+<div class="state"><span><b>{{ conditions }}</b></span>
+<span>page written <time datetime="{{ written.isoformat() }}">{{ written.strftime("%Y-%m-%d %H:%M:%S UTC") }}</time>
+</span></div>
+<nav aria-label="sections"><ul>
+{% for anchor, name in sections %}<li><a href="#{{ anchor }}">{{ name }}</a></li>{% endfor %}
+</ul></nav>
+</header>
+<section id="summary"><h2>Summary</h2>{{ grid(summary) }}</section>
+<section id="conditions"><h2>Condition by condition</h2>
+<p class="soft">{{ plots_caption }}</p>
+<div class="plots">
+{% for plot in plots %}
+<figure>{{ plot.svg }}<figcaption><b>{{ plot.metric }}</b> {{ plot.caption }}</figcaption></figure>
+{% endfor %}
+</div></section>
+{% if statuses %}<section id="statuses"><h2>Values with a reason</h2>{{ grid(statuses) }}</section>{% endif %}
+<section id="notes"><h2>How it was scored</h2>
+{% for text in sentences %}<p>{{ text }}</p>{% endfor %}
+{{ terms(facts) }}
+</section>
+<section id="repeat"><h2>Repeat it</h2>
+{% if command %}<pre tabindex="0"><code>{{ command }}</code></pre>{% endif %}
+<p class="soft">All values are in metrics.csv and metrics.parquet, a row a condition and metric; the means are in
+summary.csv.</p></section>
+</main>
+</body>
+</html>
+"""
+
 TEMPLATE = MACROS + BODY
+EVALUATION = MACROS + EVALUATION
+
+
+def template(text: str) -> Template:
+    """A template in which names from data never become markup, and a missing value is an error."""
+    options = {"autoescape": True, "undefined": StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
+    return Environment(**options).from_string(text)

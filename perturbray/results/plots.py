@@ -1,7 +1,8 @@
 """A figure per question; a figure is a function of a Summary that returns a matplotlib Figure, and `save` writes it."""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import matplotlib as mpl
@@ -24,6 +25,9 @@ BASELINE = "#8a8a8a"
 INK = "#262626"  # the page replaces these three by its own colours, light or dark
 FAINT = "#e4e4e4"
 PAPER = "#fefefe"
+
+PANEL = (2.75, 2.35)  # inches
+SHOWN = (-1.0, 1.5)  # of scaled scores
 
 STYLE = {
     "font.family": "sans-serif",
@@ -61,25 +65,57 @@ def against_x(summary: Summary, *, metrics: Sequence[str] | None = None) -> Figu
 
     A score stands above its rank form where both are shown. Baselines are grey and dashed.
     """
+    return _panels(summary, list(metrics or summary.headline), draw=_panel)
+
+
+def scaled(summary: Summary) -> Figure:
+    """Scaled scores against the sweep's x, a panel a metric that has a scale: 0 the mean response, 1 a replicate.
+
+    Drawn within ``SHOWN``; a value beyond it stands at the edge, hollow.
+    """
+    found = summary.anchors.scaled
+    values = np.clip(found["scaled"].dropna(), *SHOWN)
+    low, high = min(-0.1, values.min() - 0.05), max(1.2, values.max() + 0.05)
+    return _panels(summary, scalable(summary), draw=partial(_scaled_panel, limits=(low, high)))
+
+
+def scalable(summary: Summary) -> list[str]:
+    """Headline metrics with a scaled score somewhere."""
+    known = set(summary.anchors.scaled.dropna(subset=["scaled"])["metric"])
+    return [name for name in summary.headline if name in known]
+
+
+def _panels(summary: Summary, metrics: list[str], *, draw: Callable) -> Figure:
     with mpl.rc_context(STYLE):
-        columns = _columns(list(metrics or summary.headline))
+        columns = _columns(metrics)
         depth = max((len(column) for column in columns), default=1)
-        figure = Figure(figsize=(max(2.75 * max(len(columns), 1), 4.4), 2.35 * depth + 0.75), layout="constrained")
-        figure.get_layout_engine().set(w_pad=0.06, h_pad=0.05, hspace=0.04, wspace=0.03)
+        looks = looks_of(summary)
+        width = max(PANEL[0] * max(len(columns), 1), 4.4)
+        rows, per_row = _legend_rows(looks, width)
+        legend, height = 0.17 * rows + 0.1, PANEL[1] * depth
+        size = width, legend + height + 0.3
+        figure = Figure(figsize=size)
         levels = summary.levels["x"].dropna()
         axes = figure.subplots(depth, max(len(columns), 1), squeeze=False, sharex=True)
-        looks = looks_of(summary)
+        # Places in inches: a layout engine would draw the figure twice, and take half of the page's time.
+        step = width / max(len(columns), 1), PANEL[1]
+        for (down, across), panel in np.ndenumerate(axes):
+            left, bottom = step[0] * across + 0.62, 0.3 + step[1] * (depth - 1 - down) + 0.3
+            panel.set_position(
+                (left / size[0], bottom / size[1], (step[0] - 0.75) / size[0], (step[1] - 0.78) / size[1])
+            )
         for across, column in enumerate(columns):
             for down in range(depth):
                 if down < len(column):
-                    _panel(axes[down, across], summary, summary.scales[column[down]], looks=looks)
+                    draw(axes[down, across], summary, summary.scales[column[down]], looks=looks)
                     if len(levels) == 1:  # an axis around one point would show meaningless digits
                         axes[down, across].set_xticks(levels, [f"{levels.iloc[0]:.2g}"])
                 else:
                     axes[down, across].set_visible(False)
         if columns:
-            figure.supxlabel(summary.plan.get("x_label") or summary.plan.get("x") or "level", fontsize=8.5, color=INK)
-            _legend(figure, summary, looks)
+            label = summary.plan.get("x_label") or summary.plan.get("x") or "level"
+            figure.text(0.5, 0.1 / size[1], label, fontsize=8.5, ha="center", va="bottom")
+            _legend(figure, looks, columns=per_row)
         return figure
 
 
@@ -146,12 +182,37 @@ def _panel(axes: Axes, summary: Summary, scale: Scale, *, looks: dict[str, dict]
             axes.vlines(x, low, high, color=look["color"], linewidth=1.1, zorder=look["zorder"])
         axes.plot(x, mean, markersize=4, markeredgewidth=0.9, **look)
     _chance(axes, scale)
-    axes.set_title(f"{scale.title} {scale.arrow}", pad=17)
+    axes.set_ylabel(f"{scale.direction}" + (f" ({scale.unit})" if scale.unit else ""), fontsize=7.5)
+    axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
+    _frame(axes, scale, arrow=scale.arrow)
+
+
+def _scaled_panel(
+    axes: Axes, summary: Summary, scale: Scale, *, looks: dict[str, dict], limits: tuple[float, float]
+) -> None:
+    known = summary.anchors.scaled
+    known = known[known["metric"] == scale.name].dropna(subset=["scaled"]).merge(summary.levels, on="level")
+    for series, look in looks.items():
+        line = known[known["series"] == series].sort_values("x")
+        x, value = line["x"].to_numpy(float), line["scaled"].to_numpy(float)
+        shown, beyond = np.clip(value, *SHOWN), (value < SHOWN[0]) | (value > SHOWN[1])
+        axes.plot(x, shown, markersize=4, markeredgewidth=0.9, clip_on=False, **look)
+        if beyond.any():  # an empty line has no extent, and the layout collapses
+            hollow = look | {"linestyle": "", "markerfacecolor": PAPER}
+            axes.plot(x[beyond], shown[beyond], markersize=5, clip_on=False, **hollow)
+    for level in (0, 1):
+        axes.axhline(level, color=INK, linewidth=0.8, linestyle=(0, (1, 2)), zorder=1.5)
+    axes.set_ylim(limits)
+    axes.set_ylabel("0 mean response, 1 replicate", fontsize=7.5)
+    _frame(axes, scale, arrow="")
+
+
+def _frame(axes: Axes, scale: Scale, *, arrow: str) -> None:
+    """Title, effect and ticks, alike in all figures."""
+    axes.set_title(f"{scale.title} {arrow}".rstrip(), pad=17)
     axes.annotate(
         scale.effect, (0, 1), xycoords="axes fraction", xytext=(0, 7), textcoords="offset points", fontsize=7.5
     )
-    axes.set_ylabel(f"{scale.direction}" + (f" ({scale.unit})" if scale.unit else ""), fontsize=7.5)
-    axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
     axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
     axes.tick_params(length=3, labelbottom=True)
     axes.grid(visible=True, axis="y")
@@ -174,17 +235,19 @@ def _chance(axes: Axes, scale: Scale) -> None:
     )
 
 
-def _legend(figure: Figure, summary: Summary, looks: dict[str, dict]) -> None:
+def _legend_rows(looks: dict[str, dict], width: float) -> tuple[int, int]:
+    """Rows of the legend, and series in a row, in a figure of so many inches."""
+    longest = max((len(series) for series in looks), default=1)
+    fit = min(max(1, int(width / (0.42 + 0.068 * longest))), max(1, len(looks)))
+    return -(-len(looks) // fit), fit
+
+
+def _legend(figure: Figure, looks: dict[str, dict], *, columns: int) -> None:
     handles = [
         Line2D([], [], markersize=4.5, markeredgewidth=0.9, label=_plain_text(series), **look)
         for series, look in looks.items()
     ]
-    width = figure.get_figwidth()
-    longest = max((len(series) for series in looks), default=1)
-    fit = max(1, int(width / (0.42 + 0.068 * longest)))
-    legend = figure.legend(
-        handles=handles, loc="outside upper left", ncols=min(fit, len(handles)), frameon=False, handlelength=2.6
-    )
+    legend = figure.legend(handles=handles, loc="upper left", ncols=columns, frameon=False, handlelength=2.6)
     for text, series in zip(legend.get_texts(), looks, strict=True):
         text.set_parse_math(False)  # $ in a name is a character
         if looks[series]["color"] == BASELINE:

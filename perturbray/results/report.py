@@ -1,10 +1,10 @@
 """The page of a sweep: one self-contained HTML file, rewritten as trials end; a section is an entry of `_view`."""
 
+import re
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 
-from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from perturbray.results import page, plots, sections, table
@@ -12,8 +12,7 @@ from perturbray.results.summary import Summary, summarise
 from perturbray.results.wording import answer
 
 _STATES = {"running": "running", "done": "finished", "interrupted": "interrupted: the same command carries on"}
-_OPTIONS = {"autoescape": True, "undefined": StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
-_TEMPLATE = Environment(**_OPTIONS).from_string(page.TEMPLATE)
+_TEMPLATE = page.template(page.TEMPLATE)
 
 READING = """Intervals are 95 % percentile intervals of a paired bootstrap over conditions: perturbations are drawn with
 all their contexts, after seeds are averaged. They cover which conditions were tested; they do not cover training seeds,
@@ -22,6 +21,17 @@ whose spread is in the tables, nor other screens."""
 BOARD = """Mean over conditions within a context, then over contexts; ± is the standard deviation over seeds; # is the
 place, with = where models share it because they cannot be told apart from the first of their group. Below: the paired
 difference to the best baseline of that column with its 95 % interval. ▲ better, ▼ worse, ≈ cannot be told."""
+
+SCALED = """Scaled: 0 as good as the mean response, 1 as good as a replicate (see Floor and ceiling)."""
+
+SCALE = """A scaled score (u − b)/(r − b) puts a model u between the mean response b, which knows nothing of the single
+perturbation, and a replicate r, where one half of a condition's observed cells predicts the other. All three are held
+against the same halves, five times over. It is given only where the replicate is better than the mean response by more
+than 2 standard errors over conditions; elsewhere the metric is uncalibrated."""
+
+REACHING = """◆ A model that reaches the replicate is not without error. A half has n/2 cells, so the replicate carries the
+noise of few cells, while a model that pools many cells averages more of it away. The interpolated duplicate, which takes
+the replicate where a gene surely responds and the mean response elsewhere, has less of that noise."""
 
 
 def write_report(folder: str | Path, *, reader: table.Reader | None = None, png: bool | None = None) -> Path:
@@ -33,27 +43,35 @@ def write_report(folder: str | Path, *, reader: table.Reader | None = None, png:
     folder = Path(folder)
     plan = table.read_plan(folder)
     rows = (reader or table.Reader(folder)).read()
-    summary = summarise(rows, plan, analytic=table.read_reference(folder))
-    figure = None
+    summary = summarise(rows, plan, analytic=table.read_reference(folder), anchors=table.read_anchors(folder))
+    figure = scaled = None
     if summary.headline:
         running = plan.get("status", {}).get("state") == "running"
-        figure = plots.save(plots.against_x(summary), folder, png=not running if png is None else png)
+        png = not running if png is None else png
+        figure = plots.save(plots.against_x(summary), folder, png=png)
+        if plots.scalable(summary):
+            scaled = plots.save(plots.scaled(summary), folder, name="scaled", png=png)
         summary.write(folder / "summary.csv")
-    text = render(summary, failures=table.failed(folder), figure=figure, others=rows.attrs["others"])
+    text = render(summary, failures=table.failed(folder), figure=figure, scaled=scaled, others=rows.attrs["others"])
     path = folder / "report.html"
     table.replace_file(path, lambda target: target.write_text(text, encoding="utf-8"))
     return path
 
 
-def render(summary: Summary, *, failures: Mapping[str, dict], figure: str | None, others: int = 0) -> str:
+def render(
+    summary: Summary, *, failures: Mapping[str, dict], figure: str | None, scaled: str | None = None, others: int = 0
+) -> str:
     """The page as text.
 
-    ``failures``: those of ``table.failed``; ``figure``: an SVG element; ``others``: number of files of other plans.
+    ``failures``: those of ``table.failed``; ``figure``, ``scaled``: SVG elements; ``others``: number of files of other
+    plans.
     """
-    return _TEMPLATE.render(_view(summary, failures=failures, figure=figure, others=others))
+    return _TEMPLATE.render(_view(summary, failures=failures, figure=figure, scaled=scaled, others=others))
 
 
-def _view(summary: Summary, *, failures: Mapping[str, dict], figure: str | None, others: int) -> dict:
+def _view(
+    summary: Summary, *, failures: Mapping[str, dict], figure: str | None, scaled: str | None, others: int
+) -> dict:
     plan = summary.plan
     planned, status = plan.get("trials", []), plan.get("status", {})
     failures = {trial["key"]: failures[trial["key"]] for trial in planned if trial["key"] in failures}
@@ -61,6 +79,9 @@ def _view(summary: Summary, *, failures: Mapping[str, dict], figure: str | None,
     if others:
         notes.append(f"Result files of other plans in this folder, left out: {others}.")
     lead, findings = answer(summary)
+    bounds, controls = sections.bounds(summary), sections.controls(summary.controls)
+    if controls and not bounds:
+        notes.append(controls)
     view = {
         "style": Markup(page.STYLE),
         "script": Markup(page.SCRIPT),
@@ -79,9 +100,16 @@ def _view(summary: Summary, *, failures: Mapping[str, dict], figure: str | None,
         "waiting": f"No trial has finished yet{', and some failed: see the reasons below' if failures else ''}.",
         "reading": READING,
         "figure": Markup(_themed(figure)) if figure else None,
+        "scaled_figure": Markup(_themed(_apart(scaled))) if scaled else None,
+        "scaled_caption": sections.scaled_caption(summary) if scaled else "",
+        "scaled_text": " ".join(SCALE.split()),
+        "reaching": REACHING,
+        "bounds": bounds,
+        "controls": controls,
+        "effects": sections.effects(summary),
         "figure_title": f"Score against {plan.get('x', 'level').replace('_', ' ')}",
         "figure_caption": sections.figure_caption(summary),
-        "board_caption": BOARD,
+        "board_caption": f"{BOARD} {SCALED}" if bounds else BOARD,
         "levels": sections.levels(summary),
         "changes": sections.changes(summary),
         "truth": sections.truth(summary),
@@ -105,6 +133,8 @@ def _contents(view: Mapping) -> list[tuple[str, str]]:
         ("answer", "Answer", True),
         ("figure", "Figure", view["figure"]),
         ("leaderboards", "Leaderboards", view["levels"]),
+        ("anchors", "Floor and ceiling", view["bounds"]),
+        ("effects", "By effect", view["effects"]),
         ("changes", "Losses", view["changes"]),
         ("truth", "Known truth", view["truth"]),
         ("strata", "Conditions apart", view["strata"]),
@@ -130,6 +160,11 @@ def _duration(seconds: float) -> str:
         if seconds < 5400
         else f"{seconds / 3600:.1f} h"
     )
+
+
+def _apart(figure: str) -> str:
+    """A second figure with ids of its own: both were numbered from the same start."""
+    return re.sub(r'(\bid="|href="#|url\(#)', r"\1scaled-", figure)
 
 
 def _themed(figure: str) -> str:

@@ -5,6 +5,17 @@ from collections.abc import Mapping
 import numpy as np
 import pandas as pd
 
+from perturbray.results.anchors import (
+    INTERPOLATED,
+    MEAN_RESPONSE,
+    NO_CHANGE,
+    REPLICATE,
+    TERTILES,
+    WEAK_BETTER,
+    WEAK_RANGE,
+)
+from perturbray.results.plots import SHOWN, scalable
+from perturbray.results.scales import Scale
 from perturbray.results.summary import COMMON, Summary
 from perturbray.results.wording import NONE, VERDICTS, cells, decimals, interval, level_name, number
 
@@ -75,16 +86,118 @@ def changes(summary: Summary) -> dict | None:
     start, end = (level_name(summary, found[name].iloc[0]) for name in ("from_level", "to_level"))
     texts = {(row["series"], row["metric"]): _change(summary, row) for row in found.to_dict("records")}
     scales = [summary.scales[name] for name in metrics]
-    return {
-        "caption": f"From {start} to {end.rpartition(' ')[2]}, on the same conditions: change of the mean with its "
+    return grid(
+        caption=f"From {start} to {end.rpartition(' ')[2]}, on the same conditions: change of the mean with its "
         "paired 95 % interval. ▲ gets better, ▼ gets worse, ≈ cannot be told from no change.",
-        "columns": ["model", *[f"{scale.title}\N{NO-BREAK SPACE}{scale.arrow}" for scale in scales]],
-        "rows": [
+        columns=["model", *_heads(scales)],
+        rows=[
             [series, *[texts.get((series, metric), NONE) for metric in metrics]]
             for series in summary.order(found["from_level"].iloc[0])
         ],
-        "align": "lines",
-    }
+        align="lines",
+    )
+
+
+def bounds(summary: Summary) -> dict | None:
+    """Floor and ceiling of each headline metric."""
+    found = summary.anchors.bounds
+    rows = []
+    for row in found[found["metric"].isin(summary.headline)].to_dict("records"):
+        scale, digits = summary.scales[row["metric"]], decimals(summary, row["metric"])
+        levels = [number(row[name], digits) for name in (NO_CHANGE, MEAN_RESPONSE, REPLICATE, INTERPOLATED)]
+        shares = [number(row[name], 2) for name in ("dynamic_range", "better")]
+        rows.append([f"{scale.title} {scale.arrow}, {scale.effect}", *levels, *shares, _warning(row)])
+    count = _span(found["conditions"], "condition") if rows else ""
+    return grid(
+        rows,
+        caption=f"At the lowest level, {count}, against one half of the observed cells, so values differ from those of "
+        "the leaderboards. Dynamic range: the share of the way from the mean response to a perfect prediction that the "
+        "interpolated duplicate covers. Better: the share of conditions in which it beats the mean response (chance 0.5). "
+        f"Below {WEAK_RANGE} or {WEAK_BETTER} a metric is marked: it says little on these data.",
+        columns=[
+            "metric",
+            "no change",
+            "mean response",
+            "replicate",
+            "interpolated",
+            "dynamic range",
+            "better",
+            "note",
+        ],
+        align=["", *["n"] * 6, ""],
+    )
+
+
+def _warning(row: Mapping) -> str:
+    short = [
+        f"{name} below {least}"
+        for name, key, least in (("dynamic range", "dynamic_range", WEAK_RANGE), ("better", "better", WEAK_BETTER))
+        if row[key] < least
+    ]
+    weak = [f"⚠ says little here: {' and '.join(short)}"] if short else []
+    return "; ".join(weak + ([] if row["calibrated"] else ["uncalibrated: the replicate is not surely better"]))
+
+
+def scaled_caption(summary: Summary) -> str:
+    left = [summary.scales[name] for name in summary.headline if name not in scalable(summary)]
+    names = ", ".join(f"{scale.short} of {scale.effect}" for scale in left)
+    without = f" No scale, and no panel: {names}." if left else ""
+    return (
+        "A line is a model, as above; means over conditions and seeds. Values below "
+        f"{number(SHOWN[0], 0)} or above {SHOWN[1]:g} stand at the edge, hollow; the tables hold them unclipped.{without}"
+    )
+
+
+def controls(facts: Mapping) -> str:
+    """What the source of control cells means for scores of change from control."""
+    if facts["source"] == "split":
+        return (
+            "Control cells: split. For the direction of a change from control (cosine, Pearson, Spearman) a model predicts "
+            "from one half of the control cells, which is subtracted from its prediction; the other half is subtracted from "
+            "the observation. The halves change places and both scores are averaged. So no noise is shared, and without any "
+            "effect the expected score is 0."
+        )
+    if facts["source"] != "reference":
+        return ""
+    text = (
+        "Control cells: reference. The same control cells are subtracted from prediction and observation, so their noise "
+        "counts as agreement."
+    )
+    if "share" not in facts:
+        return text
+    return (
+        f"{text} Without any effect a cosine of about n/(n + n₀) = {facts['share']:.2f} is expected ({facts['low']:.2f} to "
+        f"{facts['high']:.2f} over conditions; n cells of the condition, n₀ of control)."
+    )
+
+
+def effects(summary: Summary) -> dict | None:
+    """Headline means in thirds of the conditions by effect."""
+    found = summary.anchors.effects
+    metrics = [name for name in summary.headline if name in set(found["metric"])]
+    if not metrics:
+        return None
+    scales, grids = [summary.scales[name] for name in metrics], []
+    digits = {name: decimals(summary, name) for name in metrics}
+    for tertile in TERTILES:
+        part = found[found["tertile"] == tertile]
+        if part.empty:
+            continue
+        means = {(row.series, row.metric): row.mean for row in part.itertuples()}
+        low, high = (number(part[name].iloc[0], 3) for name in ("low", "high"))
+        rows = [
+            [name, *[number(means.get((name, metric), np.nan), digits[metric]) for metric in metrics]]
+            for name in summary.order(summary.levels["level"].iloc[0])
+        ]
+        caption = (
+            f"{tertile.capitalize()} effects: {_span(part['conditions'], 'condition')}, {low} to {high} from control"
+        )
+        grids.append(grid(rows, caption=caption, columns=["model", *_heads(scales)], align="n"))
+    title = (
+        f"Means at {level_name(summary, summary.levels['level'].iloc[0])} in thirds of the conditions by the RMSE between "
+        "condition and control"
+    )
+    return {"title": title, "grids": grids}
 
 
 def _change(summary: Summary, row: Mapping) -> str:
@@ -101,7 +214,7 @@ def truth(summary: Summary) -> dict | None:
         ]
         for row in summary.truth.itertuples()
     ]
-    return _grid(
+    return grid(
         rows,
         caption="This screen is simulated, so some values are known before anything is run. A ratio of 1 means that "
         "the measured mean is the known one.",
@@ -129,7 +242,7 @@ def statuses(summary: Summary) -> dict | None:
         who = "every model" if everyone else ", ".join(part["series"])
         values = f"{part['count'].sum():,} of {part['of'].sum():,}"
         rows.append([reason.replace("_", " "), who, metrics, values, effect])
-    return _grid(
+    return grid(
         rows,
         caption="Values with a reason, over all trials. What the truth leaves undefined is left out for every model.",
         columns=["reason", "model", "metrics", "values", "what was done"],
@@ -153,7 +266,7 @@ def cost(summary: Summary) -> dict | None:
         values = [(pd.to_numeric(part[name]).agg(how), form) for name, (_, how, form) in have.items()]
         rows.append([series, len(part), *[NONE if pd.isna(value) else form.format(value) for value, form in values]])
     hosts = summary.trials["host"].nunique() if "host" in summary.trials else 1
-    return _grid(
+    return grid(
         rows,
         caption=f"Means over finished trials, memory the most of any; on {hosts} host{'s' * (hosts != 1)}.",
         columns=["model", "trials", *[title for title, *_ in have.values()]],
@@ -162,20 +275,24 @@ def cost(summary: Summary) -> dict | None:
 
 
 def versions(summary: Summary) -> list[tuple[str, str]]:
-    names = [name for name in ("perturbray", "ray", "torch", "host") if name in summary.trials]
-    found = [(name, ", ".join(sorted(summary.trials[name].dropna().astype(str).unique()))) for name in names]
+    names = [name for name in summary.trials if name.startswith("version.")]
+    names += [name for name in ("perturbray", "ray", "torch", "host") if name in summary.trials]
+    found = [
+        (name.removeprefix("version."), ", ".join(sorted(summary.trials[name].dropna().astype(str).unique())))
+        for name in names
+    ]
     created = summary.plan.get("created")
     return [*([("plan made", created)] if created else []), *found]
 
 
 def terms(mapping: Mapping) -> list[tuple[str, str]]:
-    return [(str(name).replace("_", " "), _shown(value)) for name, value in mapping.items()]
+    return [(str(name).replace("_", " "), shown(value)) for name, value in mapping.items()]
 
 
 def shared(planned: list[dict]) -> list[tuple[str, str]]:
     """The fields in which no trial differs."""
     columns = _columns(planned)
-    return [(name, _shown(columns[name].iloc[0])) for name in columns if _alike(columns[name])]
+    return [(name, shown(columns[name].iloc[0])) for name in columns if _alike(columns[name])]
 
 
 def listing(summary: Summary, planned: list[dict], failures: Mapping) -> dict:
@@ -186,14 +303,21 @@ def listing(summary: Summary, planned: list[dict], failures: Mapping) -> dict:
     for trial in planned[:LISTED]:
         key, values = trial["key"], trial.get("columns", {})
         state = "done" if key in done else "failed" if key in failures else "to run"
-        rows.append([trial.get("name", key), state, key, *[_shown(values.get(name)) for name in varying]])
+        rows.append([trial.get("name", key), state, key, *[shown(values.get(name)) for name in varying]])
     more = f" The first {LISTED} of {len(planned)}; the rest are in sweep.json." if len(planned) > LISTED else ""
     caption = f"The fields in which trials differ; the key is the name of the trial's file.{more}"
-    return {"caption": caption, "columns": ["trial", "state", "key", *varying], "rows": rows, "align": ""}
+    columns = ["trial", "state", "key", *varying]
+    return {"caption": caption, "columns": columns, "rows": rows, "align": [""] * len(columns)}
 
 
-def _grid(rows: list[list], *, caption: str, columns: list[str], align: str = "") -> dict | None:
+def grid(rows: list[list], *, caption: str, columns: list[str], align: str | list[str] = "") -> dict | None:
+    """``align``: the class of all columns, or of each."""
+    align = [align] * len(columns) if isinstance(align, str) else align
     return {"caption": caption, "columns": columns, "rows": rows, "align": align} if rows else None
+
+
+def _heads(scales: list[Scale]) -> list[str]:
+    return [f"{scale.title}\N{NO-BREAK SPACE}{scale.arrow}" for scale in scales]
 
 
 def _columns(planned: list[dict]) -> pd.DataFrame:
@@ -209,7 +333,7 @@ def _span(values: pd.Series, noun: str) -> str:
     return f"{low}{f' to {high}' * (low != high)} {noun}{'s' * (high != 1)}"
 
 
-def _shown(value: object) -> str:
+def shown(value: object) -> str:
     if value is None or (isinstance(value, float) and np.isnan(value)):
         return NONE
     if isinstance(value, bool | str):
@@ -219,5 +343,5 @@ def _shown(value: object) -> str:
     if isinstance(value, float):
         return f"{value:g}"
     if isinstance(value, Mapping):
-        return ", ".join(f"{name} {_shown(part)}" for name, part in value.items())
-    return ", ".join(map(_shown, value)) if isinstance(value, list | tuple) else str(value)
+        return ", ".join(f"{name} {shown(part)}" for name, part in value.items())
+    return ", ".join(map(shown, value)) if isinstance(value, list | tuple) else str(value)

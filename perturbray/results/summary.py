@@ -14,6 +14,7 @@ import pandas as pd
 
 from perturbray.errors import InputError, nearest
 from perturbray.results import intervals
+from perturbray.results.anchors import Anchors
 from perturbray.results.cube import UNDEFINED, Cube
 from perturbray.results.scales import Scale
 from perturbray.results.table import replace_file, trials
@@ -33,6 +34,8 @@ class Summary:
     changes: pd.DataFrame  # highest - lowest level on the same common conditions, per (metric, series)
     statuses: pd.DataFrame  # values that carry a reason, per (status, series)
     truth: pd.DataFrame  # measured against analytic, per (reference, metric); empty without a reference
+    anchors: Anchors  # floor, ceiling and scaled scores of the common conditions
+    controls: dict  # where effects take their control cells from: source, and the cells that say what it means
 
     @property
     def headline(self) -> list[str]:
@@ -63,7 +66,9 @@ class Summary:
         """Means beside differences at one level, a row a (metric, series)."""
         at = self.means[(self.means["level"] == level) & (self.means["stratum"] == stratum)]
         at = at[at["metric"].isin(metrics or self.headline)]
-        return at.merge(self.differences, on=["stratum", "metric", "level", "series"], how="left")
+        at = at.merge(self.differences, on=["stratum", "metric", "level", "series"], how="left")
+        known = self.anchors.scaled.assign(stratum=COMMON)
+        return at.merge(known, on=["stratum", "metric", "level", "series"], how="left")
 
     def order(self, level: object) -> list[str]:
         """Series by the first headline metric at a level, best first, models before baselines."""
@@ -74,8 +79,11 @@ class Summary:
         return list(at.assign(score=score).sort_values(["baseline", "score", "series"])["series"])
 
     def write(self, path: Path) -> None:
-        """Means and differences as one CSV."""
+        """Means, differences and scaled scores as one CSV."""
         joined = self.means.merge(self.differences, on=["stratum", "metric", "level", "series"], how="left")
+        if len(self.anchors.scaled):
+            known = self.anchors.scaled.assign(stratum=COMMON)
+            joined = joined.merge(known, on=["stratum", "metric", "level", "series"], how="left")
         replace_file(path, lambda target: joined.to_csv(target, index=False))
 
 
@@ -85,13 +93,15 @@ def summarise(
     *,
     reference: str | None = None,
     analytic: pd.DataFrame | None = None,
+    anchors: pd.DataFrame | None = None,
     resamples: int = intervals.RESAMPLES,
     seed: int = intervals.SEED,
 ) -> Summary:
     """Summarise a long table.
 
     ``reference`` names the series that differences are taken to; by default the best baseline of each level and metric,
-    which is the hardest of them, chosen on the same conditions. ``analytic``: the frame of ``read_reference``.
+    which is the hardest of them, chosen on the same conditions. ``analytic``: the frame of ``read_reference``;
+    ``anchors``: of ``read_anchors``.
     """
     plan = dict(plan)
     recorded = {entry["name"]: entry for entry in plan.get("metrics", ())}
@@ -103,7 +113,7 @@ def summarise(
         raise InputError(f"no finished trial is of {reference!r}: {nearest(reference, runs['series'])}")
     bootstrap = {"resamples": resamples, "seed": seed}
     means, differences, changes = [], [], []
-    rows = table.merge(runs[["key", "series", "level", "split_seed"]], on="key") if len(table) else table
+    rows = table.merge(runs[["key", "series", "level", "x", "split_seed"]], on="key") if len(table) else table
     for stratum in sorted(set(table["stratum"].dropna()), key=lambda name: (name != COMMON, name)):
         cube = Cube.of(rows[rows["stratum"] == stratum], bootstrap=bootstrap)
         frame = _means(cube, runs=runs, stratum=stratum)
@@ -112,16 +122,21 @@ def summarise(
         differences.append(difference.assign(stratum=stratum))
         if stratum == COMMON:
             changes.append(_changes(cube, levels=_levels(runs), scales=scales))
+    means = _stack(means, MEANS)
+    common = rows[rows["stratum"] == COMMON] if len(table) else rows
+    lost = means[(means["stratum"] == COMMON) & ((means["failed"] > 0) | (means["status"] == "failed_prediction"))]
     truth = _truth(rows, runs, analytic) if analytic is not None and len(table) else pd.DataFrame()
     return Summary(
         plan=plan,
         scales=scales,
         trials=runs,
-        means=_stack(means, MEANS),
+        means=means,
         differences=_stack(differences, DIFFERENCES),
         changes=_stack(changes, CHANGES),
         statuses=_statuses(rows),
         truth=truth,
+        anchors=Anchors.of(common, anchors, scales=scales, failed=lost) if len(table) else Anchors.none(),
+        controls=_controls(common, plan),
     )
 
 
@@ -152,6 +167,20 @@ DIFFERENCES = [
     *["difference_conditions", "verdict"],
 ]
 CHANGES = ["metric", "series", "from_level", "to_level", "change", "low", "high", "conditions", "verdict", "seeds"]
+
+
+def _controls(rows: pd.DataFrame, plan: Mapping) -> dict:
+    """``source``; ``share``: median of n/(n + n0) over conditions, n cells and n0 of control; its ``low`` and ``high``."""
+    source = rows["controls"].dropna().unique() if "controls" in rows else []
+    found = {"source": ", ".join(map(str, source)) or plan.get("controls", "")}
+    if not {"n_observed", "n_control"} <= set(rows.columns) or rows.empty:
+        return found
+    n, n0 = rows["n_observed"].to_numpy(float), rows["n_control"].to_numpy(float)
+    share = n[n + n0 > 0] / (n + n0)[n + n0 > 0]
+    share = share[np.isfinite(share)]
+    if len(share):
+        found |= {"share": float(np.median(share)), "low": float(share.min()), "high": float(share.max())}
+    return found
 
 
 def _runs(table: pd.DataFrame, plan: Mapping) -> pd.DataFrame:

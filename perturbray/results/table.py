@@ -10,8 +10,9 @@ import os
 import re
 import traceback
 import uuid
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from datetime import UTC, date, datetime
 from pathlib import Path
 
@@ -25,9 +26,14 @@ from perturbray.errors import InputError
 PLAN = "sweep.json"
 REFERENCE = "reference.parquet"
 FAILED = ".failed.json"
+ANCHORS = "anchors"  # a folder, so that no anchor is taken for a trial
 
 ROWS = ("condition", "perturbation", "stratum", "metric", "value", "status")
-"""Row columns that every trial has; ``covariate.<name>``, ``n_observed`` and ``n_control`` come beside them."""
+"""Row columns that every trial has; ``covariate.<name>`` and those of ``BESIDE`` come with them."""
+
+BESIDE = ("value_half", "n_observed", "n_control")
+"""``value_half``: against one half of the observed cells, the scale of anchors. Numbers of cells of the condition, and of
+the control that the model predicted from."""
 
 VOLATILE = (
     *("fit_seconds", "predict_seconds", "score_seconds", "peak_memory_mb", "host"),
@@ -53,6 +59,20 @@ def create(folder: str | Path) -> Path:
     return folder
 
 
+@contextmanager
+def made(folder: str | Path) -> Iterator[None]:
+    """A results folder, known to be writable before anything is read; taken away again if nothing came into it."""
+    folder = Path(folder)
+    new = [place for place in (folder, *folder.parents) if not place.exists()]
+    try:
+        create(folder)
+        yield
+    finally:
+        for place in new:
+            with suppress(OSError):  # it holds something, so it stays
+                place.rmdir()
+
+
 def write_plan(folder: str | Path, plan: Mapping) -> None:
     """Store the plan, ``sweep.json``. Only ``trials`` is needed; the page leaves out what the rest does not say.
 
@@ -61,6 +81,8 @@ def write_plan(folder: str | Path, plan: Mapping) -> None:
     headline                            names of metrics, the most telling first
     metrics                             objects with name, higher_is_better, best, chance; also title, effect, unit
     baselines                           values of the column ``model`` that stand apart
+    anchors                             keys of the files in ``anchors/``: replicates of the test conditions
+    controls                            split or reference: where effects take their control cells from
     dataset                             object with name, cells, genes, contexts, perturbations, normalisation, ...
     notes                               sentences
     trials                              objects with key, name and columns (those constant ones known before a run)
@@ -105,7 +127,7 @@ def write_trial(folder: str | Path, key: str, *, columns: Mapping[str, object], 
     arrays = {name: _constant(value, length) for name, value in columns.items()}
     arrays |= {name: _long(np.asarray(values)[order]) for name, values in rows.items()}
     path = _file(folder, key, ".parquet")
-    _write_parquet(path, pa.table(arrays))
+    write_parquet(path, pa.table(arrays))
     _file(folder, key, FAILED).unlink(missing_ok=True)
     return path
 
@@ -135,7 +157,7 @@ def write_reference(folder: str | Path, rows: Mapping[str, Sequence]) -> Path:
     if absent := [name for name in ("reference", "perturbation", "metric", "value") if name not in rows]:
         raise ValueError(f"the reference lacks {', '.join(absent)}")
     path = Path(folder) / REFERENCE
-    _write_parquet(path, pa.table({name: _long(np.asarray(values)) for name, values in rows.items()}))
+    write_parquet(path, pa.table({name: _long(np.asarray(values)) for name, values in rows.items()}))
     return path
 
 
@@ -143,6 +165,29 @@ def read_reference(folder: str | Path) -> pd.DataFrame | None:
     """The values known analytically, or None."""
     path = Path(folder) / REFERENCE
     return _read_parquet(path).to_pandas() if path.exists() else None
+
+
+def write_anchor(folder: str | Path, key: str, *, rows: Mapping[str, Sequence]) -> Path:
+    """Store anchors (replicate, interpolated duplicate) of one set of test conditions, in the long form of a trial with
+    ``reference`` naming them; their values are held against ``value_half`` of trials.
+    """
+    place = Path(folder) / ANCHORS
+    place.mkdir(exist_ok=True)
+    path = _file(place, key, ".parquet")
+    write_parquet(path, pa.table({name: _long(np.asarray(values)) for name, values in rows.items()}))
+    return path
+
+
+def read_anchors(folder: str | Path, *, keys: Iterable[str] | None = None) -> pd.DataFrame | None:
+    """The anchors of the plan's test conditions, or None where there are none."""
+    keys = read_plan(folder).get("anchors", ()) if keys is None else keys
+    paths = [path for key in sorted(keys) if (path := Path(folder) / ANCHORS / f"{key}.parquet").exists()]
+    return pd.concat([_read_parquet(path).to_pandas() for path in paths], ignore_index=True) if paths else None
+
+
+def anchored(folder: str | Path) -> set[str]:
+    """Keys of the anchors that are stored."""
+    return {path.stem for path in (Path(folder) / ANCHORS).glob("*.parquet")}
 
 
 def finished(folder: str | Path) -> set[str]:
@@ -210,7 +255,7 @@ class Reader:
 
 def trials(table: pd.DataFrame) -> pd.DataFrame:
     """One row a trial: the columns that are constant within it."""
-    varying = {*ROWS, "n_observed", "n_control"}
+    varying = {*ROWS, *BESIDE}
     constant = [name for name in table.columns if name not in varying and not name.startswith("covariate.")]
     return table.loc[~table["key"].duplicated(), constant].reset_index(drop=True)
 
@@ -250,7 +295,7 @@ def _finished_files(folder: Path) -> dict[str, tuple[int, int]]:
     return {key: (stat.st_mtime_ns, stat.st_size) for key, stat in stats.items()}
 
 
-def _write_parquet(path: Path, content: pa.Table) -> None:
+def write_parquet(path: Path, content: pa.Table) -> None:
     # Statistics of some sixty columns would weigh more than the values, and slow down reading thousands of files.
     options = {"compression": "zstd", "write_statistics": False}
     replace_file(path, lambda target: pq.write_table(content, target, **options))

@@ -25,6 +25,8 @@ class Cell:
     verdict: str  # better, worse, tie or ""
     reference: str  # series that the difference is to; "" where there is none
     note: str  # why something is missing
+    scaled: str  # "scaled 0.62" between the mean response and a replicate; "" without anchors
+    reaches: bool  # as good as a replicate, or better
 
     @property
     def mark(self) -> str:
@@ -93,7 +95,15 @@ def _cell(row: dict, digits: int) -> Cell:
         verdict=row["verdict"] if compared else "",
         reference=row["reference"] if compared else "",
         note=note,
+        scaled=_scaled(row),
+        reaches=row["reaches"] is True,
     )
+
+
+def _scaled(row: dict) -> str:
+    if not isinstance(row["scaled_status"], str) or row["scaled_status"] == "failed_prediction":
+        return ""
+    return row["scaled_status"].replace("_", " ") or f"scaled {number(row['scaled'], 2)}"
 
 
 def answer(summary: Summary) -> tuple[str, list[str]]:

@@ -8,8 +8,9 @@ import screens
 import torch
 from scipy import sparse
 
-from perturbray.data.batches import MAX_CONTROLS, BatchStream, Cells
+from perturbray.data.batches import BatchStream, Cells
 from perturbray.data.splits import TEST, TRAIN, UNUSED, VAL
+from perturbray.data.truth import MAX_CONTROLS, control_rows
 from perturbray.errors import InputError
 
 SUBSETS = (TRAIN, VAL, TEST)
@@ -134,19 +135,17 @@ def test_dense_rows_and_group_sums_agree_with_numpy(lab, blocks):
         np.testing.assert_allclose(cells.group_sums(rows, code, groups=6), expected, rtol=1e-12)
 
 
-def test_controls_to_predict_from_are_capped_and_the_same_for_every_model(lab, monkeypatch):
-    stream = lab.stream()
-    everything = stream.controls(1, TEST)
+def test_controls_to_predict_from_are_capped_and_the_same_for_every_trial(lab, monkeypatch):
+    everything = control_rows(lab.conditions, lab.split, 1)
     context = lab.conditions.context[lab.conditions.cell_condition]
     assert (context[everything] == 1).all()
     assert (lab.split.cell[everything] == TEST).all()
     assert len(everything) < MAX_CONTROLS
-    monkeypatch.setattr("perturbray.data.batches.MAX_CONTROLS", 10)
-    few = stream.controls(1, TEST)
+    monkeypatch.setattr("perturbray.data.truth.MAX_CONTROLS", 10)
+    few = control_rows(lab.conditions, lab.split, 1)
     assert len(few) == len(set(few)) == 10
     assert set(few) < set(everything)
-    np.testing.assert_array_equal(few, lab.stream("all", batch_size=3).controls(1, TEST))
-    assert set(few) != set(replace(lab, seed=1).stream().controls(1, TEST))
+    np.testing.assert_array_equal(few, control_rows(lab.conditions, lab.split, 1))
 
 
 def test_a_cell_without_a_control_in_its_subset_is_an_error_and_not_anothers_control(lab):

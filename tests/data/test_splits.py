@@ -26,7 +26,7 @@ def designs(draw) -> list[screens.Cell]:
     labels = draw(st.lists(st.sampled_from(LABELS), min_size=1, max_size=9, unique=True))
     cells: list[screens.Cell] = []
     for context in contexts:
-        cells += [(context, "control")] * draw(st.integers(3, 12))
+        cells += [(context, "control")] * draw(st.integers(6, 15))
         for label in labels:
             cells += [(context, label)] * draw(st.sampled_from([0, 1, 1, 1, 3]))
     cells += [(contexts[0], labels[0]), (contexts[1], labels[0])]  # something that can be held out
@@ -128,22 +128,22 @@ def test_one_context_admits_no_transfer():
 
 
 def test_a_context_of_one_perturbation_keeps_it_and_its_controls():
-    cells = [*screens.rectangle(2, 10), *[(("lone",), "control")] * 3, (("lone",), "drug_000")]
+    cells = [*screens.rectangle(2, 10), *[(("lone",), "control")] * 6, (("lone",), "drug_000")]
     conditions = screens.conditions_of(cells)
     split = CovariateTransfer().split(conditions)
     of_condition, _ = by_name(conditions, split)
     assert of_condition[("lone",), "drug_000"] == "train"
     assert split.record["counts"]["lone"] == {
         "unused": [0, 0, 0],
-        "train": [1, 1, 1],
-        "val": [0, 0, 1],
-        "test": [0, 0, 1],
+        "train": [1, 1, 2],
+        "val": [0, 0, 2],
+        "test": [0, 0, 2],
     }
 
 
 def test_a_context_with_too_few_controls_is_refused_by_name():
     cells = [*screens.rectangle(2, 10), *[(("lone",), "control")] * 2, (("lone",), "drug_000")]
-    with pytest.raises(InputError, match="context lone has 2 control cells; 1 in each of train, validation and test"):
+    with pytest.raises(InputError, match="context lone has 2 control cells; 2 in each of train, validation and test"):
         CovariateTransfer().split(screens.conditions_of(cells))
 
 
@@ -190,7 +190,7 @@ print(json.dumps([split.condition.tolist(), split.cell.tolist(), split.record]))
 
 def test_a_split_does_not_depend_on_the_hash_seed(tmp_path):
     pairs = [(line, drug) for line in ("a", "b", "c_d") for drug in ("none", "a", "c_d")]
-    labels = ["control"] * 5 + ["KO_1", "KO_1_2", "x+y", "y", "a", "b", "c"]
+    labels = ["control"] * 6 + ["KO_1", "KO_1_2", "x+y", "y", "a", "b", "c"]
     lines, drugs, conditions = zip(*[(*pair, label) for pair in pairs for label in labels], strict=True)
     path = screens.write(tmp_path / "screen.h5ad", {"line": lines, "drug": drugs, "condition": conditions})
     runs = [
@@ -210,7 +210,7 @@ def test_a_split_does_not_depend_on_the_hash_seed(tmp_path):
 
 def test_every_perturbation_has_the_same_chance_of_being_held_out():
     """188 x 3 over 100 seeds: 56 a line, each perturbation 89.4 times give or take (spec of the splitter)."""
-    conditions = screens.conditions_of(screens.rectangle(3, 188, controls=3))
+    conditions = screens.conditions_of(screens.rectangle(3, 188, controls=6))
     perturbed = ~conditions.is_control
     labels, code = np.unique(conditions.perturbation[perturbed], return_inverse=True)
     times = np.zeros((3, 188), dtype=int)

@@ -27,7 +27,7 @@ OPTIONS = {"perturbation_key": "perturbation", "control": "control", "covariate_
 @pytest.mark.parametrize("form", [np.asarray, sparse.csr_matrix])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_group_sums_are_those_of_dense_cells_in_float64(form, dtype, monkeypatch):
-    monkeypatch.setattr("perturbray.metrics.cells.ROWS", 7)
+    monkeypatch.setattr("perturbray.metrics.cells.BLOCK_BYTES", 8 * 7 * 6)
     X = (RNG.random((40, 9)) * (RNG.random((40, 9)) < 0.4)).astype(dtype)
     group = RNG.integers(-1, 4, 40)
     for transform in (None, np.expm1):

@@ -11,15 +11,16 @@ from dataclasses import FrozenInstanceError, dataclass, fields, replace
 import numpy as np
 import torch
 from scipy import sparse
+import screens
 from screens import Lab
 from torch import Tensor
 
 from perturbray.data.batches import Batch, Cells
 from perturbray.data.splits import TEST, TRAIN
+from perturbray.data.truth import control_rows
 from perturbray.models.base import GradientModel, Model, ModelSpec, StreamingModel
 from perturbray.training import checkpoint
 from perturbray.training.fit import validate
-from perturbray.training.predict import predict
 
 # Models that say the same of every perturbation, and for what they are there all the same.
 BLIND = {
@@ -231,7 +232,7 @@ def levels_of_expression_are_those_of_the_training_cells(subject: Subject) -> No
 
 def every_test_condition_is_predicted_with_a_profile_that_is_not_negative(subject: Subject) -> None:
     lab = subject.lab
-    prediction, rows, unseen = predict(subject.model, lab.stream(subject.spec.mode), lab.vocabulary)
+    prediction, rows, unseen = screens.predicted(subject.model, lab.stream(subject.spec.mode), lab.vocabulary)
     asked = np.flatnonzero((lab.split.condition == TEST) & ~lab.conditions.is_control)
     assert sorted([*rows, *unseen]) == asked.tolist()
     assert len(prediction) == len(rows) > 0
@@ -248,7 +249,7 @@ def _training_conditions(lab: Lab) -> tuple[Batch, np.ndarray]:
     """A control cell under every training condition of its context."""
     conditions = lab.conditions
     rows = np.flatnonzero((lab.split.condition == TRAIN) & ~conditions.is_control)
-    controls = np.array([lab.stream().controls(int(context), TEST)[0] for context in conditions.context[rows]])
+    controls = np.array([control_rows(conditions, lab.split, context)[0] for context in conditions.context[rows]])
     batch = Batch(
         expression=None,
         control=torch.from_numpy(lab.cells.dense(controls)),

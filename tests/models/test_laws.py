@@ -18,13 +18,12 @@ from perturbray.models.decoder_only import DecoderCovariates, DecoderOnly, Decod
 from perturbray.models.latent_additive import LatentAdditive
 from perturbray.models.linear_additive import LinearAdditive
 from perturbray.synthetic import Screen, write
-from perturbray.training.predict import predict
 from perturbray.trial import Trial, run
 
 
 def predicted(subject: Subject, *, subset: int = TEST):
     lab = subject.lab
-    return predict(subject.model, lab.stream(subject.spec.mode), lab.vocabulary, subset=subset)
+    return screens.predicted(subject.model, lab.stream(subject.spec.mode), lab.vocabulary, subset=subset)
 
 
 def rank_of(prediction) -> np.ndarray:

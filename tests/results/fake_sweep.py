@@ -71,14 +71,16 @@ def fake_plan(*, models=MODELS, levels=LEVELS, seeds=3, **entries) -> dict:
     }
 
 
-def fake_rows(model: str, level: float, seed: int, *, conditions=60, contexts=CONTEXTS) -> dict[str, np.ndarray]:
+def fake_rows(
+    model: str, level: float, seed: int, *, conditions=60, contexts=CONTEXTS, quality: float | None = None
+) -> dict[str, np.ndarray]:
     """Long rows of a trial: a hard condition is hard for all models, a perturbation about as hard in each context."""
     shared = np.random.default_rng(0)
     hard = shared.normal(0, 0.08, (1, conditions)) + shared.normal(0, 0.06, (len(contexts), conditions))
     effect = np.exp(shared.normal(-2.4, 0.35, (len(contexts), conditions)))
     own = np.random.default_rng(sum(map(ord, model)) * 1000 + int(level * 100) * 10 + seed)
     noise = np.random.default_rng(sum(map(ord, model))).normal(0, 0.05, hard.shape) + own.normal(0, 0.02, hard.shape)
-    start, loss = MODELS.get(model, (0.4, 0.1))
+    start, loss = MODELS.get(model, (0.4, 0.1)) if quality is None else (quality, 0.0)
     harmed = np.random.default_rng(sum(map(ord, model)) + 1).gamma(2.0, 0.5, hard.shape)  # some lose more than others
     quality = start - loss * (level / 0.3) ** 1.3 * harmed - (hard + noise + own.normal(0, 0.01)) * (start > 0)
     constant = model in ("no_change", "perturbed_mean", "decoder_cov")
@@ -139,6 +141,36 @@ def fake_reference(folder: Path) -> None:
     rows = {name: values[keep] for name, values in rows.items() if name not in ("status", "condition")}
     rows["value"] = rows["value"] / 1.02
     table.write_reference(folder, {**rows, "reference": np.full(keep.sum(), "mean_shift (analytic)")})
+
+
+def fake_halves(rows: dict[str, np.ndarray]) -> np.ndarray:
+    """Against half of the cells everything is a bit worse, by the same for all models; ranks hardly change."""
+    metric, value = rows["metric"].astype(str), rows["value"]
+    rank, rmse = np.char.endswith(metric, "rank"), metric == "rmse/average"
+    return np.where(rank, value, np.where(rmse, np.sqrt(value**2 + 0.03**2), 0.9 * value))
+
+
+def fake_anchors(folder: Path, *, replicate: float = 0.7, interpolated: float = 0.75) -> None:
+    """Anchors of the given quality, on the scale of ``MODELS``, beside the trials of a plan that names them."""
+    parts = []
+    for name, quality in (("split_half", replicate), ("interpolated_duplicate", interpolated)):
+        rows = fake_rows(f"anchor{quality}", 0.0, 0, quality=quality)
+        rows["value"] = fake_halves(rows)
+        parts.append({**rows, "reference": np.full(len(rows["value"]), name)})
+    wanted = [name for name in parts[0] if name not in ("status", "n_observed", "n_control")]
+    rows = {name: np.concatenate([part[name] for part in parts]) for name in wanted}
+    table.write_anchor(folder, "anchor", rows=rows | {"seed": np.zeros(len(rows["value"]), int)})
+
+
+def anchored_sweep(folder: Path, *, replicate: float = 0.7, **plan_entries) -> dict:
+    """A finished sweep with ``value_half`` and anchors, as an engine that splits its controls leaves it."""
+    plan = fake_plan(anchors=["anchor"], controls="split", **plan_entries)
+    folder.mkdir(parents=True, exist_ok=True)
+    table.write_plan(folder, plan)
+    for trial in plan["trials"]:
+        finish(folder, trial, value_half=fake_halves)
+    fake_anchors(folder, replicate=replicate)
+    return plan
 
 
 def fake_sweep(folder: Path, *, trials: int | None = None, failing: int = 0, **plan_entries) -> dict:

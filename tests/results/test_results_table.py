@@ -201,6 +201,16 @@ def test_a_folder_that_cannot_be_made_gets_one_clear_line(tmp_path):
     assert list((tmp_path / "new" / "results").iterdir()) == []
 
 
+def test_a_folder_into_which_nothing_came_is_taken_away_again(tmp_path):
+    with pytest.raises(RuntimeError), table.made(tmp_path / "a" / "b"):
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+    with table.made(tmp_path / "a" / "b") as nothing:
+        assert nothing is None
+        (tmp_path / "a" / "b" / "file").touch()
+    assert (tmp_path / "a" / "b" / "file").exists()
+
+
 @pytest.mark.parametrize("key", ["a/b", "../a", "reference", "", "a b"])
 def test_a_key_that_is_no_file_name_is_refused(tmp_path, key):
     with pytest.raises(ValueError, match="cannot be the key"):
