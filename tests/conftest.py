@@ -3,6 +3,7 @@
 import os
 import secrets
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 
@@ -12,12 +13,20 @@ SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 # Here and not in a fixture: Ray reads them when it is imported, which test modules do while they are collected.
 os.environ.update(
+    OMP_NUM_THREADS="1",  # two threads on two busy cores wait for each other: ten times the time
     RAY_AUTH_MODE="token",
     RAY_AUTH_TOKEN=secrets.token_hex(32),
     RAY_USAGE_STATS_ENABLED="0",
     RAY_AIR_NEW_OUTPUT="0",
     RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0",
 )
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Whatever a test did to torch's threads, the next starts with one."""
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(1)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -21,6 +21,7 @@ SCRIPTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_benchmark_runs_without_peers_and_leaves_its_figures(script, tmp_path):
     file, expected = tmp_path / "figures.json", SCRIPTS[script]

@@ -24,6 +24,8 @@ FROZEN = {
     "--delimiter",
     "--layer",
     "--normalize",
+    "--convention",
+    "--metric",
     "--plugin",
     "--results",
     "--address",
@@ -31,6 +33,14 @@ FROZEN = {
     "--dry-run",
     "--set",
     "--grid",
+}
+
+LISTED = {
+    "models": "mean_shift",
+    "metrics": "rmse/average",
+    "splits": "transfer",
+    "ablations": "imbalance",
+    "conventions": "perturbench-2026",
 }
 
 # Says on stdout when the first heavy package is looked for, then runs the script as `python SCRIPT WORDS` does.
@@ -164,9 +174,7 @@ def test_the_set_of_one_command_is_the_key_of_the_next(command, small):
 def test_list_says_what_there_is(command, kind):
     ended = command("list", kind, entry=cli.command)
     assert ended.code == 0
-    assert {"models": "mean_shift", "metrics": "rmse/average", "splits": "transfer", "ablations": "imbalance"}[
-        kind
-    ] in ended.out
+    assert LISTED[kind] in ended.out
 
 
 def test_a_sweep_from_the_command_line(command, small, tmp_path, ray_session):

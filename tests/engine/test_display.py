@@ -7,7 +7,7 @@ import pytest
 import small
 from rich.console import Console
 
-from perturbray import display, engine, scoring
+from perturbray import display, scoring
 from perturbray.data import matrix
 from perturbray.data.batches import Cells
 from perturbray.data.dataset import open_h5ad
@@ -29,6 +29,19 @@ def outcomes(small_screen):
     return plan, {key: run(trial, Cells([rows]), plan.conditions[spec]) for key, trial in plan.trials.items()}
 
 
+def score(key, trial, outcome, **where):
+    """What a scorer does with a finished trial."""
+    scorable = scoring.Scorable(
+        key=key,
+        name=trial.name,
+        columns={**trial.columns(), **outcome.columns, "started": scoring.now(), "host": "here"},
+        truth="only",
+        predicted=outcome.predicted,
+        stratum=outcome.stratum,
+    )
+    scoring.score(scorable, {"only": outcome.truth}, **where)
+
+
 @pytest.fixture
 def half_done(outcomes, tmp_path):
     """Two of three trials are scored, the third failed."""
@@ -37,9 +50,7 @@ def half_done(outcomes, tmp_path):
     table.write_plan(tmp_path, plan.describe(command="", state="running"))
     *good, bad = plan.trials
     for key in good:
-        scorable = engine._scorable(key, plan.trials[key], found[key], plan.conditions[plan.trials[key].dataset])
-        scorable.columns.update(started=scoring.now(), trained=scoring.now(), host="here")
-        scoring.score(scorable, folder=tmp_path, metrics=plan.sweep.metrics)
+        score(key, plan.trials[key], found[key], folder=tmp_path, metrics=plan.sweep.metrics)
     table.write_failure(tmp_path, bad, name=plan.trials[bad].name, error=ValueError("no luck"))
     return plan
 
@@ -83,9 +94,8 @@ def test_the_results_name_their_files(half_done):
 def test_a_failing_score_is_recorded_with_the_trials_name_and_raised(outcomes, tmp_path):
     plan, found = outcomes
     key, trial = next(iter(plan.trials.items()))
-    scorable = engine._scorable(key, trial, found[key], plan.conditions[trial.dataset])
     with pytest.raises(AttributeError) as caught:
-        scoring.score(scorable, folder=tmp_path, metrics=("not a metric",))
+        score(key, trial, found[key], folder=tmp_path, metrics=("not a metric",))
     assert caught.value.__notes__ == [f"while scoring trial {key} ({trial.name})"]
     assert table.failed(tmp_path)[key]["name"] == trial.name
     assert table.finished(tmp_path) == set()

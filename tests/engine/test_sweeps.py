@@ -102,7 +102,7 @@ def test_a_sweep_gives_the_numbers_of_its_trials_run_without_ray(finished):
         outcome = run_here(trial, read.cells(), conditions)
     values, _ = small.METRICS[0].evaluate(outcome.prediction)
     found = table.read(folder, keys=[key])
-    found = found[found["metric"] == small.METRICS[0].name].set_index("condition").loc[outcome.rows, "value"]
+    found = found[found["metric"] == small.METRICS[0].name].set_index("condition").loc[outcome.truth.rows, "value"]
     np.testing.assert_array_equal(found.to_numpy(), values)
 
 

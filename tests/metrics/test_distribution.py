@@ -66,6 +66,7 @@ def test_energy_and_mmd_agree_with_float64_loops(oracle, case):
     assert checked == 17
 
 
+@pytest.mark.slow
 def test_distances_of_real_cells_agree_with_dcor_and_direct_differences(case):
     expected = case.expected("expected_distances_float64.csv")
     keys = case.covariates

@@ -9,9 +9,9 @@ from collections.abc import Callable
 from dataclasses import FrozenInstanceError, dataclass, fields, replace
 
 import numpy as np
+import screens
 import torch
 from scipy import sparse
-import screens
 from screens import Lab
 from torch import Tensor
 
