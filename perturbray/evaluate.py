@@ -23,7 +23,7 @@ from perturbray.errors import InputError
 from perturbray.metrics.conventions import CONVENTIONS, aggregate
 from perturbray.metrics.conventions import evaluate as evaluate_cells
 
-ROW_BYTES = 32 << 20  # of dense rows that are read at once
+ROW_BYTES = 8 << 20  # of dense rows that are read at once
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from perturbray.errors import InputError, nearest
 from perturbray.prediction import Pseudobulk
 from perturbray.randomness import derive
 
-BLOCK_BYTES = 64 << 20  # of dense float64 that a pass over cells holds at once
+BLOCK_BYTES = 32 << 20  # of dense float64 that a pass over cells holds at once
 LARGEST = 15.0  # log1p of anything real is smaller
 SHOWN = 20  # conditions listed in an error
 
