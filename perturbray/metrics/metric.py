@@ -165,7 +165,9 @@ class Metric:
                 np.isnan(distance[failed]), np.nan, np.inf
             )  # never nearer to another's observation
         order = np.argsort(names, kind="stable")  # so that ties by position do not depend on the order of rows
-        draws = np.array([generator(0, self.name, *context, name).random() for name in names[order]])
+        draws = None
+        if self.ties == "random":
+            draws = np.array([generator(0, self.name, *context, name).random() for name in names[order]])
         values = np.empty(len(predicted))
         values[order] = ranks(distance[np.ix_(order, order)], direction=self.direction, ties=self.ties, draws=draws)
         return values, np.where(np.isnan(values), "constant_truth", "")

@@ -30,9 +30,8 @@ class Scorer:
     Ray starts one again whose process died; what it held is lost, and its trials have no result.
     """
 
-    def __init__(self, work: Callable[..., None], common: Sequence[ray.ObjectRef]) -> None:
-        # References in a list, since an actor with an object as an argument could not be started again.
-        self._work, self._common = work, ray.get(list(common))
+    def __init__(self, work: Callable[..., None], common: bytes) -> None:
+        self._work, self._common = work, ray.get(ray.cloudpickle.loads(common))
         self._items: queue.Queue = queue.Queue(maxsize=WAITING)
         self._failed: list[Failed] = []
         threading.Thread(target=self._run, daemon=True).start()
@@ -81,9 +80,13 @@ class Pool:
         """
         options = {"num_cpus": cpus, "runtime_env": {"env_vars": {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}}}
 
+        # As bytes: Ray warns of every actor that has objects among its arguments and is to be started again, since they
+        # might be gone by then. These stay, pinned by being pickled, as long as the caller's Ray.
+        references = ray.cloudpickle.dumps(list(common))
+
         def make() -> Any:
             # Named for the dashboard; apart from each other, since a name stays taken for a moment after a kill.
-            return Scorer.options(name=f"scorer-{uuid.uuid4().hex[:8]}", **options).remote(work, list(common))
+            return Scorer.options(name=f"scorer-{uuid.uuid4().hex[:8]}", **options).remote(work, references)
 
         pool = cls([make() for _ in range(actors)], make)
         ray.get([actor.drain.remote() for actor in pool.actors])

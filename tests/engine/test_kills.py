@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -178,8 +179,10 @@ def test_a_sweep_that_is_killed_again_and_again_ends_with_the_table_of_an_undist
     code, log = command.run()
     assert code == 0, log
     wait(lambda: not alive(left), ORPHANS)
-    assert 10 <= len(stored) < TRIALS
-    assert f"{len(stored)} finished before, {TRIALS - len(stored)} to run" in log
+    assert len(stored) >= 10
+    *_, (before, to_run) = re.findall(r"(\d+) finished before, (\d+) to run", log)
+    assert int(before) >= len(stored), "a scorer may outlive the kill by a moment, and finish what it holds"
+    assert int(before) + int(to_run) == TRIALS
     assert len(unchanged(command.folder, since=stored)) == TRIALS
     assert_frame_equal(small.stable(command.folder), small.stable(uninterrupted), check_exact=True)
 
