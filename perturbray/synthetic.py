@@ -45,16 +45,16 @@ Condition = tuple[str, str]  # context, perturbation
 
 @dataclass(frozen=True, kw_only=True)
 class Screen:
-    """What is drawn. The default has the structure of sci-Plex 3, 3 contexts x 188 perturbations, in 14,000 cells."""
+    """What is drawn. The default has the structure of sci-Plex 3, 3 contexts x 188 perturbations, in 12,000 cells."""
 
     contexts: int = 3
     perturbations: int = 188  # labels a context beside the control, combinations among them
     combinations: int = 6  # how many of these labels join two of the others
     genes: int = 300
-    cells: int = 24  # mean number a condition
+    cells: int = 20  # mean number a condition
     cells_spread: float = 0.35  # standard deviation of its logarithm
     cells_minimum: int = 8
-    controls: int = 300  # cells a context
+    controls: int = 250  # cells a context
     depth: float = 100.0  # median molecules a cell
     depth_spread: float = 0.4  # standard deviation of its logarithm
     expression_spread: float = 1.8  # standard deviation of a gene's log mean fraction
