@@ -9,7 +9,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from perturbray.errors import InputError
 
@@ -45,9 +45,16 @@ def main(make: "Callable[..., Sweep]", *, models: Sequence[str] = (), flags: Map
     _end(_guard(lambda: _run_script(make, arguments, models, list(flags or {}), module)))
 
 
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, as for any other bad input."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(BAD_INPUT, f"error: {message}; see {self.prog} --help\n")
+
+
 def sweep_parser(name: str, description: str) -> argparse.ArgumentParser:
     """The flags that every script has."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=f"sweeps/{name}.py",
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -104,7 +111,7 @@ def sweep_parser(name: str, description: str) -> argparse.ArgumentParser:
 
 def command() -> None:
     """The `perturbray` command."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="perturbray", description="Benchmarks of perturbation-response models; sweeps are the scripts in sweeps/."
     )
     commands = parser.add_subparsers(dest="command", required=True)
@@ -189,7 +196,7 @@ def _run_script(
     own = set(MODELS)
     plugin.install(plugins)
     names = dict.fromkeys(arguments.model or [*models, *(name for name in MODELS if name not in own)])
-    specs = [MODELS[name]() for name in names]
+    specs = [_default(name, MODELS[name]) for name in names]
     dataset = _dataset(arguments)
     sweep = make(dataset, specs, **{name: getattr(arguments, name) for name in flags})
     sweep = sweep.judge(arguments.convention, arguments.metric)
@@ -199,6 +206,15 @@ def _run_script(
     suffix = f"-{Path(arguments.data).stem}" if arguments.data else ""
     folder = Path(arguments.results) / f"{sweep.name}{suffix}"
     return _run(sweep, folder, arguments, plugins)
+
+
+def _default(name: str, spec: type) -> object:
+    try:
+        return spec()
+    except TypeError as error:
+        raise InputError(
+            f"model {name!r} cannot be made without arguments ({error}); give its fields defaults"
+        ) from None
 
 
 def _run(sweep: "Sweep", folder: Path, arguments: argparse.Namespace, plugins: tuple) -> int:

@@ -266,7 +266,11 @@ def run_sweep(
         truths = _observe(plan, read)
         stored = ray.put(truths)
         work = partial(
-            scoring.score, folder=plan.folder.resolve(), metrics=plan.sweep.metrics, source=plan.sweep.controls
+            scoring.score,
+            folder=plan.folder.resolve(),
+            metrics=plan.sweep.metrics,
+            source=plan.sweep.controls,
+            plugins=plugins,
         )
         pool = Pool.start(work, stored, actors=placement.scorers, cpus=SCORER_CPUS) if placement.scorers else None
         events.connected(cluster, placement, tune_folder)

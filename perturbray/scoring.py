@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from perturbray import plugin
 from perturbray.metrics.calibration import interpolate, mean_response
 from perturbray.metrics.effects import EFFECTS
 from perturbray.metrics.metric import Metric, score_prediction, score_split
@@ -58,11 +59,13 @@ def score(
     folder: Path,
     metrics: Sequence[Metric],
     source: str = "split",
+    plugins: tuple[plugin.Plugin, ...] = (),
 ) -> None:
     """Evaluate every metric and write the Parquet file of a trial or an anchor: the last thing that happens to it.
 
     An error is recorded beside the finished trials, with the trial's name, and raised.
     """
+    plugin.install(plugins)  # a user's scores and effects
     truth = truths[item.truth]
     if isinstance(item, Anchor):
         table.write_anchor(folder, item.key, rows=_anchor_rows(item, truth, metrics))
