@@ -219,7 +219,8 @@ def _default(name: str, spec: type) -> object:
 
 def _run(sweep: "Sweep", folder: Path, arguments: argparse.Namespace, plugins: tuple) -> int:
     from perturbray.display import Terminal, show_results
-    from perturbray.engine import Plan, run_sweep
+    from perturbray.engine import run_sweep
+    from perturbray.plan import Plan
 
     plan = Plan.of(sweep, folder)
     terminal = Terminal()

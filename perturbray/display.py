@@ -14,7 +14,8 @@ from rich.table import Table
 from rich.text import Text
 
 from perturbray.cluster import Cluster, Placement
-from perturbray.engine import Events, Plan
+from perturbray.engine import Events
+from perturbray.plan import Plan
 from perturbray.results import table
 from perturbray.results.report import write_report
 from perturbray.results.summary import Summary, summarise

@@ -6,8 +6,9 @@ import pandas as pd
 
 import perturbray as pr
 from perturbray.data.dataset import DatasetSpec
-from perturbray.engine import Events, Plan, run_sweep
+from perturbray.engine import Events, run_sweep
 from perturbray.metrics.metric import Metric
+from perturbray.plan import Plan
 from perturbray.plugin import Plugin
 from perturbray.results import table
 

@@ -11,7 +11,7 @@ from perturbray import display, scoring
 from perturbray.data import matrix
 from perturbray.data.batches import Cells
 from perturbray.data.dataset import open_h5ad
-from perturbray.engine import Plan
+from perturbray.plan import Plan
 from perturbray.results import table
 from perturbray.trial import run
 
