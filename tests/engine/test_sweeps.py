@@ -10,6 +10,7 @@ import perturbray as pr
 from perturbray import engine
 from perturbray.cluster import Placement
 from perturbray.data import blocks
+from perturbray.data.splits import TEST
 from perturbray.results import table
 from perturbray.trial import run as run_here
 
@@ -67,7 +68,7 @@ def test_every_test_condition_has_a_row_for_every_metric(finished):
     for key, trial in plan.trials.items():
         rows = found[found["key"] == key]
         split = trial.make_split(plan.conditions[trial.dataset])
-        tested = np.flatnonzero(split.condition == engine.TEST)
+        tested = np.flatnonzero(split.condition == TEST)
         for metric in small.METRICS:
             assert sorted(rows.loc[rows["metric"] == metric.name, "condition"]) == tested.tolist()
 
