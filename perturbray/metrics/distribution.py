@@ -20,6 +20,7 @@ from perturbray.randomness import generator
 
 T = TypeVar("T")
 
+RUN_VALUES = 2**20  # coordinates of cells that are prepared for distances at once, 8 MB
 TILE, BLOCK = 128, 1024  # pairs of cells at once: few enough for the cache of a core
 RARE = 0.12  # share of cells that express a gene below which a sparse product costs less than a dense one
 CLOSE = 1e-5  # of the squared norms: below, a squared distance from a product has lost digits
@@ -36,10 +37,23 @@ def squared_distances(x: np.ndarray, y: np.ndarray, *, same: bool = False) -> np
 
 def _factors(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(n, d + 2) and (d + 2, m) whose product is the squared distances: the norms are added within it, in one pass."""
-    left, right = np.empty((len(x), x.shape[1] + 2)), np.empty((y.shape[1] + 2, len(y)))
-    left[:, :-2], left[:, -2], left[:, -1] = x, np.einsum("ij,ij->i", x, x), 1
-    right[:-2], right[-2], right[-1] = -2 * y.T, 1, np.einsum("ij,ij->i", y, y)
-    return left, right
+    return _left(x, 0.0), _right(_left(y, 0.0))
+
+
+def _left(x: np.ndarray, centre: np.ndarray | float) -> np.ndarray:
+    """(n, d + 2): centred cells, their squared norms, ones. Filled in place: in gene space a copy is tens of MB."""
+    left = np.empty((len(x), x.shape[1] + 2))
+    np.subtract(x, centre, out=left[:, :-2])
+    left[:, -2], left[:, -1] = np.einsum("ij,ij->i", left[:, :-2], left[:, :-2]), 1
+    return left
+
+
+def _right(left: np.ndarray) -> np.ndarray:
+    """(d + 2, n): what others' ``_left`` is multiplied with."""
+    right = np.empty(left.shape[::-1])
+    np.multiply(left[:, :-2].T, -2, out=right[:-2])
+    right[-2], right[-1] = left[:, -1], left[:, -2]
+    return right
 
 
 def _squares(x: np.ndarray, y: np.ndarray, left: np.ndarray, right: np.ndarray, *, same: bool = False) -> np.ndarray:
@@ -131,8 +145,8 @@ def within(x: np.ndarray, kernel: Kernel) -> np.ndarray:
     n = len(x)
     if n < 2:
         return np.full(kernel.terms, np.nan)
-    x = x - x.mean(axis=0)
-    left, right = _factors(x, x)
+    left = _left(x, x.mean(axis=0))
+    x, right = left[:, :-2], _right(left)
     parts = []
     for i in _blocks(0, n, TILE):
         squares = _squares(x[i], x[i], left[i], right[:, i], same=True)
@@ -256,10 +270,11 @@ def energy_matrix(
     rare = _rare([*observed, *predicted]) if space is dense else np.zeros(len(centre), dtype=bool)
     centre = np.where(rare, 0.0, centre) if space is dense else space(centre[None])[0]
     cross = np.empty((len(predicted), len(observed)))
-    for first, last in _runs(sizes, 2 * BLOCK):
+    most = max(TILE, min(2 * BLOCK, RUN_VALUES // max(1, len(centre))))
+    for first, last in _runs(sizes, most):
         y = _Cloud.of(observed[first:last], space, centre, rare)
         right, other = y.right()
-        for one, end in _runs(counts, 2 * BLOCK):
+        for one, end in _runs(counts, most):
             x = _Cloud.of(predicted[one:end], space, centre, rare)
             sums = np.empty((len(x.left), last - first))
             for i in _blocks(0, len(x.left), TILE):
@@ -296,16 +311,17 @@ class _Cloud:
     def of(cls, parts: Sequence[Matrix], space: Callable[[Matrix], np.ndarray], centre, rare: np.ndarray) -> "_Cloud":
         stack = sparse.vstack(parts, format="csr") if sparse.issparse(parts[0]) else np.concatenate(parts)
         apart = stack[:, np.flatnonzero(rare)].astype(np.float64) if rare.any() else None
-        cells = space(stack) - centre if apart is None else dense(stack[:, np.flatnonzero(~rare)]) - centre[~rare]
-        norms = np.einsum("ij,ij->i", cells, cells)
         if apart is not None:
-            norms = norms + np.asarray(apart.multiply(apart).sum(axis=1)).ravel()
-        return cls(np.column_stack([cells, norms, np.ones(len(cells))]), apart)
+            stack, centre = stack[:, np.flatnonzero(~rare)], centre[~rare]
+        cells = dense(stack) if apart is not None else space(stack)
+        left = _left(cells, centre)
+        if apart is not None:
+            left[:, -2] += np.asarray(apart.multiply(apart).sum(axis=1)).ravel()
+        return cls(left, apart)
 
     def right(self) -> tuple[np.ndarray, Any]:
         """What ``left`` and ``rare`` of other cells are multiplied with."""
-        turned = np.column_stack([-2 * self.left[:, :-2], self.left[:, -1], self.left[:, -2]]).T
-        return turned, None if self.rare is None else (-2 * self.rare).T.tocsr()
+        return _right(self.left), None if self.rare is None else (-2 * self.rare).T.tocsr()
 
     def cells(self, rows: np.ndarray) -> np.ndarray:
         parts = [self.left[rows, :-2]]
