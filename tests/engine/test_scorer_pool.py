@@ -3,6 +3,7 @@
 import os
 import signal
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,15 @@ error = Odd("text")
 error.run = (x for x in ())
 raise error
 """
+
+
+def kill(actor) -> None:
+    """Killed for good, and seen to be: Ray answers before the actor is gone, which may still take an item with it."""
+    ray.kill(actor)
+    with pytest.raises(ray.exceptions.RayActorError):
+        for _ in range(600):
+            ray.get(actor.drain.remote())
+            time.sleep(0.1)
 
 
 def processes(pool: Pool, folder: Path) -> list[int]:
@@ -116,7 +126,7 @@ def test_a_scorer_killed_for_good_is_counted_and_replaced_and_others_take_its_tu
     pool = start(2)
     try:
         pool.submit("kept", item(FAIL, text="kept"), turn=1)
-        ray.kill(pool.actors[0])
+        kill(pool.actors[0])
         pool.submit("other", item(FAIL, text="other"), turn=0)
         failed, dead = pool.drain()
         assert dead == 1
@@ -125,7 +135,7 @@ def test_a_scorer_killed_for_good_is_counted_and_replaced_and_others_take_its_tu
         assert len(set(processes(pool, tmp_path))) == 2
         assert pool.drain() == ([], 0)
         for actor in pool.actors:
-            ray.kill(actor)
+            kill(actor)
         with pytest.raises(NoScorerError, match="trial 7"):
             pool.submit("trial 7", item("pass"), turn=0)
     finally:
