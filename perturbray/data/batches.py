@@ -25,6 +25,10 @@ class Batch:
     control: Tensor | None  # (cells, genes) a control cell of the same context; None for models that want none
     condition: Tensor  # (cells,) int64
     context: Tensor  # (cells,) int64
+    cell: Tensor | None = None  # (cells,) int64, row numbers of the cells in the dataset; None when predicting
+    embedding: Tensor | None = None  # (cells, width) float32, rows of an obsm matrix of the cells themselves, where asked
+    control_embedding: Tensor | None = None  # (cells, width) float32, rows of the same matrix of the control cells
+    generator: torch.Generator | None = None  # what a model that samples draws from; None: it predicts its mean
 
     def __len__(self) -> int:
         return len(self.condition)
@@ -128,6 +132,7 @@ class BatchStream:
             control=None if controls is None else self._tensor(self.cells.dense(controls)),
             condition=self._tensor(condition),
             context=self._tensor(self.conditions.context[condition]),
+            cell=self._tensor(rows.astype(np.int64)),
         )
 
     def _partners(self, rows: np.ndarray, subset: int, number: int) -> np.ndarray:
