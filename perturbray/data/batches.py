@@ -160,10 +160,9 @@ class BatchStream:
 
     def rows(self, subset: int) -> np.ndarray:
         """Row numbers of the cells that an epoch over a subset visits, ascending."""
-        perturbed = self.split.cells(subset, conditions=self.conditions, controls=False)
-        if self.mode != "all":
-            return perturbed
-        return np.union1d(perturbed, self.split.cells(subset, conditions=self.conditions, controls=True))
+        if self.mode == "all":
+            return np.flatnonzero(self.split.cell == subset)
+        return self.split.cells(subset, conditions=self.conditions, controls=False)
 
     def plan(self, subset: int = TRAIN, *, number: int = 0, shuffle: bool = True, fixed: bool = False) -> Plan:
         """The order, pairs and batches of an epoch, before anything is read.
