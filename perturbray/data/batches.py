@@ -1,25 +1,32 @@
 """Batches: cells of a subset, each paired with a control of its context, as dense tensors on the model's device."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
 from scipy import sparse
 from torch import Tensor
 
+from perturbray.data import gather, sampling
 from perturbray.data.dataset import Conditions
+from perturbray.data.device import Densifier
+from perturbray.data.rows import Rows
+from perturbray.data.sampling import Mode, Plan, Pools, Sampling, Unit
 from perturbray.data.splits import SUBSETS, TRAIN, Split
-from perturbray.errors import InputError
+from perturbray.errors import InputError, nearest
 from perturbray.randomness import generator
 
-Mode = Literal["paired", "perturbed", "all"]
+__all__ = ["Batch", "BatchStream", "Cells", "Mode", "Sampling", "Unit"]
+COMPILED = 1_000_000  # stored values from which on compiled loops are worth the 0.4 s of loading them
 
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """Cells as tensors. Codes count as in ``Conditions``; a model looks up one-hots in tables of its own."""
+    """Cells as tensors. Codes count as in ``Conditions``; a model looks up one-hots in tables of its own.
+
+    Its tensors are not written again as long as anybody holds them, so that batches may be kept in a list.
+    """
 
     expression: Tensor | None  # (cells, genes) float32, log1p; None when predicting
     control: Tensor | None  # (cells, genes) a control cell of the same context; None for models that want none
@@ -37,51 +44,79 @@ class Batch:
 
 
 class Cells:
-    """The rows of a screen in blocks of CSR rows, gathered and densified by row number."""
+    """The rows of a screen in blocks of CSR rows, gathered and densified by row number.
 
-    def __init__(self, blocks: list[sparse.csr_matrix]) -> None:
-        self.blocks = blocks
-        self.starts = np.cumsum([0] + [block.shape[0] for block in blocks])
-        self.genes = blocks[0].shape[1]
+    ``embeddings`` are obsm matrices by name, (cells, width) each. Indices are checked against the number of genes, since
+    nothing below checks them again, unless ``checked`` says that this is done: a store does it once, when it is made.
+    """
+
+    def __init__(
+        self,
+        blocks: Sequence[Rows | sparse.csr_matrix],
+        embeddings: Mapping[str, np.ndarray] | None = None,
+        *,
+        checked: bool = False,
+        compiled: bool | None = None,
+    ) -> None:
+        self.blocks = [block if isinstance(block, Rows) else Rows.of(block) for block in blocks]
+        self.starts = np.cumsum([0] + [len(block) for block in self.blocks])
+        self.genes = self.blocks[0].genes
+        self.embeddings = dict(embeddings or {})
+        stored = sum(len(block.values) for block in self.blocks)
+        self.compiled = stored >= COMPILED if compiled is None else compiled
+        if not checked:
+            self._check()
 
     def __len__(self) -> int:
         return int(self.starts[-1])
 
-    def dense(self, rows: np.ndarray) -> np.ndarray:
-        """(len(rows), genes) float32, in the order of ``rows``."""
-        if len(self.blocks) == 1:
-            return self.blocks[0][rows].toarray()
-        out = np.empty((len(rows), self.genes), dtype=np.float32)
-        block = np.searchsorted(self.starts, rows, side="right") - 1
-        for b in np.unique(block):
-            here = np.flatnonzero(block == b)
-            out[here] = self.blocks[b][rows[here] - self.starts[b]].toarray()
+    def dense(self, rows: np.ndarray, *, out: np.ndarray | None = None) -> np.ndarray:
+        """(len(rows), genes) float32, in the order of ``rows``; ``out`` is written and returned, where given."""
+        rows = self._numbers(rows)
+        out = np.empty((len(rows), self.genes), dtype=np.float32) if out is None else out
+        gather.densify(self.blocks, self.starts, rows, out, compiled=self.compiled)
         return out
+
+    def collect(self, rows: np.ndarray, *, allocate: Callable = np.empty) -> Rows:
+        """A copy of rows as CSR, in their order, in memory that ``allocate(size, dtype)`` gives."""
+        rows = self._numbers(rows)
+        return gather.collect(self.blocks, self.starts, rows, compiled=self.compiled, allocate=allocate)
 
     def select(self, rows: np.ndarray) -> sparse.csr_matrix:
         """(len(rows), genes) CSR float32, in the order of ``rows``."""
-        if len(self.blocks) == 1:
-            return self.blocks[0][rows]
-        block = np.searchsorted(self.starts, rows, side="right") - 1
-        order = np.argsort(block, kind="stable")
-        parts = [self.blocks[b][rows[order[block[order] == b]] - self.starts[b]] for b in np.unique(block)]
-        stacked = sparse.vstack(parts, format="csr") if parts else self.blocks[0][:0]
-        return stacked[np.argsort(order, kind="stable")]
+        return self.collect(rows).csr()
 
     def group_sums(self, rows: np.ndarray, code: np.ndarray, *, groups: int, power: int = 1) -> np.ndarray:
         """(groups, genes) float64 sums over rows by code, of the values or of a power of them, without densifying."""
-        sums = np.zeros((groups, self.genes))
-        block = np.searchsorted(self.starts, rows, side="right") - 1
-        for b in np.unique(block):
-            here = np.flatnonzero(block == b)
-            chosen = self.blocks[b][rows[here] - self.starts[b]].astype(np.float64)
-            if power != 1:
-                chosen.data **= power
-            member = sparse.csr_matrix(
-                (np.ones(len(here)), (code[here], np.arange(len(here)))), shape=(groups, len(here))
-            )
-            sums += (member @ chosen).toarray()
+        sums, rows = np.zeros((groups, self.genes)), self._numbers(rows)
+        gather.add(self.blocks, self.starts, rows, np.asarray(code), sums, power=power, compiled=self.compiled)
         return sums
+
+    def embedding(self, name: str, rows: np.ndarray) -> np.ndarray:
+        """(len(rows), width) float32 rows of an obsm matrix. Raises InputError for one that is not there."""
+        if name not in self.embeddings:
+            raise InputError(f"no obsm matrix {name!r}: {nearest(name, self.embeddings)}")
+        return np.asarray(self.embeddings[name][rows], dtype=np.float32)
+
+    def _numbers(self, rows: np.ndarray) -> np.ndarray:
+        rows = np.asarray(rows, dtype=np.int64)
+        if len(rows) and not 0 <= rows.min() <= rows.max() < len(self):
+            raise IndexError(f"row {rows[(rows < 0) | (rows >= len(self))][0]} of {len(self)}")
+        return rows
+
+    def _check(self) -> None:
+        for number, block in enumerate(self.blocks):
+            stored = min(len(block.indices), len(block.values))
+            if block.genes != self.genes:
+                raise InputError(f"block {number} has {block.genes} genes, and the first has {self.genes}")
+            if block.indptr[0] != 0 or (np.diff(block.indptr) < 0).any() or block.indptr[-1] > stored:
+                raise InputError(f"block {number}: row ends must ascend from 0 to at most {stored}, its stored values")
+            if len(block.indices) and not 0 <= block.indices.min() <= block.indices.max() < self.genes:
+                wrong = block.indices[(block.indices < 0) | (block.indices >= self.genes)][0]
+                raise InputError(f"block {number} names gene number {wrong}, but there are {self.genes}")
+        for name, matrix in self.embeddings.items():
+            if matrix.ndim != 2 or len(matrix) != len(self):
+                raise InputError(f"obsm matrix {name!r} is {matrix.shape}, and there are {len(self)} cells")
 
 
 class BatchStream:
@@ -89,7 +124,9 @@ class BatchStream:
 
     An epoch visits every selected cell once, in an order that depends on the seed and the epoch alone. ``mode`` says
     which: ``paired``, the perturbed cells, each with one control cell of the same context and the same subset;
-    ``perturbed``, the same cells alone; ``all``, controls as well.
+    ``perturbed``, the same cells alone; ``all``, controls as well. ``sampling`` says how they are drawn and what a batch
+    is made of; ``embedding`` names an obsm matrix whose rows travel beside the expression. With ``windows`` the rows of an
+    epoch come through Ray's object store, read by other processes, instead of from ``cells``; the batches are the same.
     """
 
     def __init__(
@@ -102,10 +139,24 @@ class BatchStream:
         seed: int,
         mode: Mode,
         device: torch.device | str = "cpu",
+        sampling: Sampling | None = None,
+        embedding: str | None = None,
+        windows: "Windows | None" = None,  # noqa: F821  # imports ray
     ) -> None:
         self.cells, self.conditions, self.split = cells, conditions, split
         self.batch_size, self.seed, self.mode, self.device = batch_size, seed, mode, torch.device(device)
+        self.sampling, self.embedding, self.windows = sampling or Sampling(), embedding, windows
+        if embedding is not None:
+            cells.embedding(embedding, np.empty(0, dtype=np.int64))  # raises before anything is trained
+        if self.sampling.set_size > batch_size:
+            raise InputError(
+                f"a set of {self.sampling.set_size} cells is larger than a batch of {batch_size}: raise the batch size"
+            )
         self._context_of_cell = conditions.context[conditions.cell_condition]
+        self._densifier = Densifier(self.device)
+        self._pools: dict[int, Pools] = {}
+        self._held: dict[int, tuple[Cells, np.ndarray]] = {}
+        self._means: dict[int, dict[str, Tensor]] = {}
 
     def rows(self, subset: int) -> np.ndarray:
         """Row numbers of the cells that an epoch over a subset visits, ascending."""
@@ -114,45 +165,141 @@ class BatchStream:
             return perturbed
         return np.union1d(perturbed, self.split.cells(subset, conditions=self.conditions, controls=True))
 
+    def plan(self, subset: int = TRAIN, *, number: int = 0, shuffle: bool = True, fixed: bool = False) -> Plan:
+        """The order, pairs and batches of an epoch, before anything is read.
+
+        Without ``shuffle`` cells come in the order of the file, or by condition, and contexts are not balanced. ``fixed``
+        pairs every cell with the same control in every epoch (validation).
+        """
+        how, rows, name = self.sampling, self.rows(subset), SUBSETS[subset]
+        rng = generator(self.seed, "order", name, number)
+        if shuffle and how.balance and len(rows):
+            rows = sampling.balanced(rows, self._context_of_cell[rows], generator(self.seed, "balance", name, number))
+        if shuffle:
+            rows = sampling.shuffled(rows, rng, chunk=how.chunk if how.unit == "cell" else 1)
+        cuts = sampling.even(len(rows), self.batch_size)
+        if how.unit == "condition":
+            order, cuts = sampling.by_condition(self.conditions.cell_condition[rows], self.batch_size)
+            rows = rows[order]
+        elif how.unit == "set":
+            rows = rows[sampling.in_sets(self.conditions.cell_condition[rows], how.set_size).ravel()]
+            cuts = sampling.even(len(rows), self.batch_size // how.set_size * how.set_size)
+        controls = None
+        if self.mode == "paired" and how.controls != "mean":
+            controls = self._partners(rows, subset, 0 if fixed or how.controls == "fixed" else number)
+        if shuffle and how.unit != "cell":
+            whole = cuts if how.unit == "condition" else sampling.even(len(rows), how.set_size)
+            order, moved = sampling.permuted_batches(whole, rng)
+            rows, controls = rows[order], None if controls is None else controls[order]
+            cuts = moved if how.unit == "condition" else cuts
+        return Plan(rows=rows, controls=controls, cuts=cuts)
+
     def epoch(
         self, subset: int = TRAIN, *, number: int = 0, shuffle: bool = True, fixed: bool = False
     ) -> Iterator[Batch]:
-        """Batches of a subset. ``fixed`` pairs every cell with the same control in every epoch (validation)."""
-        rows = self.rows(subset)
-        if shuffle:
-            rows = generator(self.seed, "order", SUBSETS[subset], number).permutation(rows)
-        controls = self._partners(rows, subset, 0 if fixed else number) if self.mode == "paired" else None
-        for start in range(0, len(rows), self.batch_size):
-            part = slice(start, start + self.batch_size)
-            yield self.batch(rows[part], None if controls is None else controls[part])
+        """Batches of a subset, by ``plan``."""
+        plan = self.plan(subset, number=number, shuffle=shuffle, fixed=fixed)
+        paired = self._pairing(subset, plan)
+        for first, last, cells, numbers in self._delivered(plan):
+            start = plan.cuts[first]
+            for cut in range(first, last):
+                part = slice(plan.cuts[cut], plan.cuts[cut + 1])
+                here = numbers[part.start - start : part.stop - start]
+                # Yielded at once: a name here would hold the batch while the next one looks for memory.
+                yield self._batch(plan.rows[part], self._densifier.dense(cells, here), paired(part))
 
     def batch(self, rows: np.ndarray, controls: np.ndarray | None) -> Batch:
         """The batch of given cells, and of the control cells that they are paired with."""
+        paired = {} if controls is None else self._controls(self.cells, controls, controls)
+        return self._batch(rows, self._densifier.dense(self.cells, rows), paired)
+
+    def _batch(self, rows: np.ndarray, expression: Tensor, paired: dict[str, Tensor]) -> Batch:
         condition = self.conditions.cell_condition[rows].astype(np.int64)
+        embedding = None if self.embedding is None else self._tensor(self.cells.embedding(self.embedding, rows))
         return Batch(
-            expression=self._tensor(self.cells.dense(rows)),
-            control=None if controls is None else self._tensor(self.cells.dense(controls)),
+            expression=expression,
+            **{"control": None, **paired},
             condition=self._tensor(condition),
             context=self._tensor(self.conditions.context[condition]),
             cell=self._tensor(rows.astype(np.int64)),
+            embedding=embedding,
         )
 
+    def _delivered(self, plan: Plan) -> Iterator[tuple[int, int, Cells, np.ndarray]]:
+        """Batches from one number to another, the cells that hold theirs, and the numbers of their rows there."""
+        if self.windows is None or not len(plan.rows):
+            yield 0, len(plan.cuts) - 1, self.cells, plan.rows
+            return
+        for first, last, rows in self.windows.read(plan.rows, plan.cuts):
+            cells = Cells([rows], checked=True, compiled=self.cells.compiled)
+            yield first, last, cells, np.arange(len(cells))
+
+    def _pairing(self, subset: int, plan: Plan) -> Callable[[slice], dict[str, Tensor]]:
+        """What a part of a plan is paired with."""
+        if self.mode != "paired":
+            return lambda part: {}
+        if plan.controls is None:
+            tables = self._mean_controls(subset)
+            context = self._context_of_cell[plan.rows]
+            return lambda part: {name: table[self._tensor(context[part])] for name, table in tables.items()}
+        cells, held = self._held_controls(subset)
+        numbers = plan.controls if held is None else np.searchsorted(held, plan.controls)
+        return lambda part: self._controls(cells, numbers[part], plan.controls[part])
+
+    def _controls(self, cells: Cells, numbers: np.ndarray, rows: np.ndarray) -> dict[str, Tensor]:
+        found = {"control": self._densifier.dense(cells, numbers)}
+        if self.embedding is not None:
+            found["control_embedding"] = self._tensor(self.cells.embedding(self.embedding, rows))
+        return found
+
+    def _held_controls(self, subset: int) -> tuple[Cells, np.ndarray | None]:
+        """The cells that controls are taken from; in streaming a copy of the pools, and which rows it holds, ascending."""
+        if self.windows is None:
+            return self.cells, None
+        if subset not in self._held:
+            rows = np.sort(self._pool(subset).rows)
+            copy = self.windows.fetch(rows)
+            self._held[subset] = Cells(copy, checked=True, compiled=self.cells.compiled), rows
+        return self._held[subset]
+
+    def _mean_controls(self, subset: int) -> dict[str, Tensor]:
+        """(contexts, ...) means over all control cells of a context and subset."""
+        if subset not in self._means:
+            rows = self.split.cells(subset, conditions=self.conditions, controls=True)
+            context, contexts = self._context_of_cell[rows], len(self.conditions.contexts)
+            self._check_controls(np.bincount(context, minlength=contexts), subset)
+            count = np.maximum(np.bincount(context, minlength=contexts), 1)[:, None]
+            tables = {"control": self.cells.group_sums(rows, context, groups=contexts) / count}
+            if self.embedding is not None:
+                own = self.cells.embedding(self.embedding, rows).astype(np.float64)
+                sums = np.zeros((contexts, own.shape[1]))
+                np.add.at(sums, context, own)
+                tables["control_embedding"] = sums / count
+            self._means[subset] = {name: self._tensor(table.astype(np.float32)) for name, table in tables.items()}
+        return self._means[subset]
+
     def _partners(self, rows: np.ndarray, subset: int, number: int) -> np.ndarray:
-        """One control of each cell's context and subset, uniformly with replacement: one draw for the epoch."""
-        controls = self.split.cells(subset, conditions=self.conditions, controls=True)
-        controls = controls[np.argsort(self._context_of_cell[controls], kind="stable")]
-        contexts = len(self.conditions.contexts)
-        size = np.bincount(self._context_of_cell[controls], minlength=contexts)
-        first = np.concatenate([[0], np.cumsum(size)[:-1]])
-        # Drawn by cell in file order and then shuffled along, so that the pairing does not depend on batches.
-        draw = generator(self.seed, "controls", SUBSETS[subset], number).random(len(rows))
-        order = np.argsort(np.argsort(rows, kind="stable"), kind="stable")
-        context = self._context_of_cell[rows]
-        bare = np.flatnonzero(size[context] == 0)
-        if len(bare):  # the arithmetic below would take a control of another context
-            name = self.conditions.context_name(context[bare[0]])
+        """One control of each cell's context and subset, in one draw for the epoch."""
+        pool, context = self._pool(subset), self._context_of_cell[rows]
+        rng = generator(self.seed, "controls", SUBSETS[subset], number)
+        return pool.for_sets(context, rng) if self.sampling.unit == "set" else pool.for_cells(rows, context, rng)
+
+    def _pool(self, subset: int) -> Pools:
+        if subset not in self._pools:
+            controls = self.split.cells(subset, conditions=self.conditions, controls=True)
+            rng = generator(self.seed, "pool", SUBSETS[subset])
+            contexts = len(self.conditions.contexts)
+            pool = Pools.of(controls, self._context_of_cell[controls], contexts=contexts, rng=rng)
+            self._check_controls(pool.size, subset)
+            self._pools[subset] = pool
+        return self._pools[subset]
+
+    def _check_controls(self, size: np.ndarray, subset: int) -> None:
+        """Raise InputError for a context that has cells and no control: another's would be taken in its place."""
+        bare = np.intersect1d(self._context_of_cell[self.rows(subset)], np.flatnonzero(size == 0))
+        if len(bare):
+            name = self.conditions.context_name(bare[0])
             raise InputError(f"context {name} has no control cells in {SUBSETS[subset]} to pair its cells with")
-        return controls[first[context] + (draw[order] * size[context]).astype(np.int64)]
 
     def _tensor(self, values: np.ndarray) -> Tensor:
         return torch.from_numpy(values).to(self.device, non_blocking=True)

@@ -110,7 +110,7 @@ def test_validation_pairs_are_fixed(numbered):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_batches_do_not_depend_on_the_number_of_blocks(lab, mode):
-    whole = lab.cells.blocks[0]
+    whole = lab.cells.blocks[0].csr()
     one, five = (replace(lab, cells=screens.in_blocks(whole, blocks)).stream(mode) for blocks in (1, 5))
     assert len(five.cells.blocks) == 5
     for a, b in zip(one.epoch(TRAIN), five.epoch(TRAIN), strict=True):
@@ -123,8 +123,8 @@ def test_batches_do_not_depend_on_the_number_of_blocks(lab, mode):
 
 @pytest.mark.parametrize("blocks", [1, 2, 5])
 def test_dense_rows_and_group_sums_agree_with_numpy(lab, blocks):
-    dense = lab.cells.blocks[0].toarray()
-    cells = screens.in_blocks(lab.cells.blocks[0], blocks)
+    dense = lab.cells.blocks[0].csr().toarray()
+    cells = screens.in_blocks(lab.cells.blocks[0].csr(), blocks)
     rng = np.random.default_rng(blocks)
     assert len(cells) == len(dense)
     for rows in (rng.integers(len(dense), size=300), np.arange(0), np.array([len(dense) - 1, 0])):

@@ -11,7 +11,6 @@ from dataclasses import FrozenInstanceError, dataclass, fields, replace
 import numpy as np
 import screens
 import torch
-from scipy import sparse
 from screens import Lab
 from torch import Tensor
 
@@ -121,7 +120,7 @@ def models_of_one_process_share_nothing(subject: Subject) -> None:
     before = subject.predict(batch)
     conditions = subject.lab.conditions
     narrow = replace(conditions, genes=conditions.genes[:7])
-    cells = Cells([sparse.csr_matrix(block[:, :7] * 3) for block in subject.lab.cells.blocks])
+    cells = Cells([block.csr()[:, :7] * 3 for block in subject.lab.cells.blocks])
     Subject.fit(subject.name, subject.spec, replace(subject.lab, conditions=narrow, cells=cells))
     assert torch.equal(subject.predict(batch), before)
     again = Subject.fit(subject.name, subject.spec, subject.lab)
