@@ -15,7 +15,7 @@ from scipy import sparse
 
 from perturbray.data import matrix
 from perturbray.data.batches import BatchStream, Cells
-from perturbray.data.dataset import Conditions, DatasetSpec, open_h5ad
+from perturbray.data.dataset import Conditions, DatasetSpec, open_screen
 from perturbray.data.splits import TEST, CovariateTransfer, Split
 from perturbray.data.truth import observe
 from perturbray.data.vocabulary import Vocabulary
@@ -82,7 +82,7 @@ def rows_of(spec: DatasetSpec, conditions: Conditions) -> sparse.csr_matrix:
     """The normalised rows of a file, as the blocks of a sweep hold them."""
     facts = matrix.scan(spec, cell_names=conditions.cell_names, genes=conditions.genes)
     normalisation = matrix.decide(spec, facts)
-    with open_h5ad(spec.path) as file:
+    with open_screen(spec.path) as file:
         rows = matrix.read_rows(file, spec, 0, len(conditions.cell_condition))
     totals = np.asarray(rows.sum(axis=1, dtype=np.float64)).ravel()
     rows.data = normalisation.apply(rows.data, np.diff(rows.indptr), totals)

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -16,10 +17,13 @@ from perturbray.errors import InputError, nearest
 
 NORMALIZE = ("auto", "log1p", "none")
 
+Group = Any  # h5py.File | h5py.Group | zarr.Group; zarr is imported where a path is a folder
+Node = Any  # a group or an array of either
+
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetSpec:
-    """An h5ad file and the roles of its obs columns. A trial's key ignores ``path`` and holds the content instead."""
+    """An h5ad file or a zarr folder, and the roles of its obs columns. A trial's key holds the content, not ``path``."""
 
     path: str
     name: str = ""  # shown in tables; the file's stem unless given
@@ -43,10 +47,10 @@ class DatasetSpec:
 
     def conditions(self) -> "Conditions":
         """Read ``obs`` and ``var``, never ``X``. Raises InputError where a role cannot be filled."""
-        with open_h5ad(self.path) as file:
-            return _conditions(self, file)
+        with open_screen(self.path) as file:
+            return _read_conditions(self, file)
 
-    def matrix(self, file: h5py.File) -> h5py.Group | h5py.Dataset:
+    def matrix(self, file: Group) -> Node:
         """X or the named layer of an open file."""
         if self.layer is None:
             if "X" not in file:
@@ -101,6 +105,29 @@ class Conditions:
 
 
 @contextmanager
+def open_screen(path: str) -> Iterator[Group]:
+    """An h5ad file or an AnnData zarr folder open for reading, or an InputError that says why it cannot be."""
+    with _open_zarr(path) if Path(path).is_dir() else open_h5ad(path) as file:
+        yield file
+
+
+@contextmanager
+def _open_zarr(path: str) -> Iterator[Group]:
+    import zarr
+
+    try:
+        group = zarr.open_group(path, mode="r")
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(
+            f"{path}: this folder is neither a zarr store nor an h5ad file ({type(error).__name__}); "
+            "write one with AnnData.write_zarr or write_h5ad"
+        ) from None
+    if "obs" not in group or "var" not in group:
+        raise InputError(f"{path}: this zarr store is not an AnnData: it has no obs and var; it has {', '.join(group)}")
+    yield group
+
+
+@contextmanager
 def open_h5ad(path: str) -> Iterator[h5py.File]:
     """An h5ad file open for reading, or an InputError that says why it cannot be."""
     place = Path(path)
@@ -119,25 +146,30 @@ def open_h5ad(path: str) -> Iterator[h5py.File]:
         yield file
 
 
-def _layers(file: h5py.File) -> list[str]:
+def is_array(node: Node) -> bool:
+    """Whether a node of a file is an array, and not a group of them."""
+    return hasattr(node, "dtype")
+
+
+def _layers(file: Group) -> list[str]:
     return list(file["layers"]) if "layers" in file else []
 
 
-def _names(frame: h5py.Group | h5py.Dataset) -> np.ndarray:
+def _names(frame: Node) -> np.ndarray:
     from anndata.io import read_elem
 
-    if isinstance(frame, h5py.Dataset):  # a table of the oldest h5ad files
+    if is_array(frame):  # a table of the oldest h5ad files
         return np.asarray(read_elem(frame).index.astype(str), dtype=object)
     return np.asarray(pd.Index(read_elem(frame[frame.attrs["_index"]])).astype(str), dtype=object)
 
 
-def _columns(frame: h5py.Group | h5py.Dataset) -> list[str]:
-    if isinstance(frame, h5py.Dataset):
+def _columns(frame: Node) -> list[str]:
+    if is_array(frame):
         return list(frame.dtype.names)
     return [str(name) for name in frame.attrs["column-order"]]
 
 
-def _column(spec: DatasetSpec, frame: h5py.Group | h5py.Dataset, column: str) -> pd.Series:
+def _column(spec: DatasetSpec, frame: Node, column: str) -> pd.Series:
     """One obs column as strings with missing values kept."""
     from anndata.io import read_elem
 
@@ -146,7 +178,7 @@ def _column(spec: DatasetSpec, frame: h5py.Group | h5py.Dataset, column: str) ->
         guess = nearest(column, _columns(frame))
         guess = f"; {guess}" if guess.startswith("did") else ""
         raise InputError(f"{spec.path}: obs has no column {column!r}; it has {there}{guess}")
-    whole = isinstance(frame, h5py.Dataset) or frame.attrs.get("encoding-version") == "0.1.0"
+    whole = is_array(frame) or frame.attrs.get("encoding-version") == "0.1.0"
     values = read_elem(frame)[column] if whole else read_elem(frame[column])
     values = pd.Series(values).astype(object)
     missing = values.isna().to_numpy()
@@ -159,12 +191,35 @@ def _column(spec: DatasetSpec, frame: h5py.Group | h5py.Dataset, column: str) ->
     return values.astype(str)
 
 
-def obs_columns(spec: DatasetSpec, file: h5py.File, columns: Sequence[str]) -> pd.DataFrame:
+def obs_columns(spec: DatasetSpec, file: Group, columns: Sequence[str]) -> pd.DataFrame:
     """Columns of obs as text. Raises InputError for one that is not there or has gaps."""
     return pd.DataFrame({column: _column(spec, file["obs"], column).to_numpy() for column in columns})
 
 
-def var_names(file: h5py.File) -> np.ndarray:
+def obs_text(spec: DatasetSpec, file: Group) -> pd.DataFrame:
+    """The cells' names as ``_index``, and as text the columns of obs that may play a role: all but those of numbers with
+    a fraction, unless the spec names them. Missing values stay missing."""
+    from anndata.io import read_elem
+
+    frame = file["obs"]
+    whole = is_array(frame) or frame.attrs.get("encoding-version") == "0.1.0"
+    table = read_elem(frame) if whole else None
+    found = {"_index": _names(frame)}
+    wanted = {*spec.covariates, spec.perturbation}
+    for column in _columns(frame):
+        try:
+            values = pd.Series(read_elem(frame[column]) if table is None else table[column])
+        except (KeyError, TypeError, ValueError):  # of a kind that anndata does not know, and no role of a screen
+            continue
+        if column == "_index" or (values.dtype.kind == "f" and column not in wanted):
+            continue
+        values = values.astype(object).to_numpy()
+        missing = pd.isna(values)
+        found[column] = np.where(missing, None, pd.Series(values).astype(str).to_numpy())
+    return pd.DataFrame(found)
+
+
+def var_names(file: Group) -> np.ndarray:
     """Gene names, (genes,) str."""
     return _names(file["var"])
 
@@ -180,17 +235,24 @@ def split_label(label: str, *, control: str, delimiter: str | None) -> tuple[str
     return tuple(sorted({part.strip() for part in parts} - {control, ""}))
 
 
-def _conditions(spec: DatasetSpec, file: h5py.File) -> Conditions:
+def _read_conditions(spec: DatasetSpec, file: Group) -> Conditions:
     obs = file["obs"]
     labels = _column(spec, obs, spec.perturbation)
     levels = [_column(spec, obs, column) for column in spec.covariates]
-    genes = _names(file["var"])
-    if len(set(genes)) != len(genes):
-        twice = pd.Index(genes)[pd.Index(genes).duplicated()][0]
-        raise InputError(f"{spec.path}: gene {twice!r} occurs twice in var; use AnnData.var_names_make_unique")
+    genes = var_names(file)
     shape = matrix_shape(spec.matrix(file))
     if shape != (len(labels), len(genes)):
         raise InputError(f"{spec.path}: the matrix is {shape}, but obs has {len(labels)} rows and var {len(genes)}")
+    return conditions_of(spec, labels, levels, cell_names=_names(obs), genes=genes)
+
+
+def conditions_of(
+    spec: DatasetSpec, labels: pd.Series, levels: Sequence[pd.Series], *, cell_names: np.ndarray, genes: np.ndarray
+) -> Conditions:
+    """The conditions of cells from their labels and covariates as text. Raises InputError as ``DatasetSpec.conditions``."""
+    if len(set(genes)) != len(genes):
+        twice = pd.Index(genes)[pd.Index(genes).duplicated()][0]
+        raise InputError(f"{spec.path}: gene {twice!r} occurs twice in var; use AnnData.var_names_make_unique")
     if spec.control not in set(labels):
         raise InputError(
             f"{spec.path}: no cell has obs[{spec.perturbation!r}] == {spec.control!r} (the control); "
@@ -200,7 +262,7 @@ def _conditions(spec: DatasetSpec, file: h5py.File) -> Conditions:
     names = {label: split_label(label, control=spec.control, delimiter=spec.delimiter) for label in set(labels)}
     for label, singles in names.items():
         if not singles and label != spec.control and spec.control not in label:
-            first = _names(obs)[np.flatnonzero(labels.to_numpy() == label)[0]]
+            first = cell_names[np.flatnonzero(labels.to_numpy() == label)[0]]
             raise InputError(
                 f"{spec.path}: obs[{spec.perturbation!r}] is {label!r} in {(labels == label).sum()} cells (the first is "
                 f"{first}), which names no perturbation; drop them or label them"
@@ -224,7 +286,7 @@ def _conditions(spec: DatasetSpec, file: h5py.File) -> Conditions:
         control=spec.control,
         singles=tuple(singles_of[label] for label in found["label"]),
         cell_condition=cell_condition,
-        cell_names=_names(obs),
+        cell_names=cell_names,
         genes=tuple(genes.tolist()),
     )
     with_control = set(conditions.context[conditions.is_control].tolist())
@@ -241,13 +303,9 @@ def _conditions(spec: DatasetSpec, file: h5py.File) -> Conditions:
     return conditions
 
 
-def matrix_shape(matrix: h5py.Group | h5py.Dataset) -> tuple[int, int]:
+def matrix_shape(matrix: Node) -> tuple[int, int]:
     """(cells, genes), from the attributes alone."""
-    shape = (
-        matrix.shape
-        if isinstance(matrix, h5py.Dataset)
-        else matrix.attrs.get("shape", matrix.attrs.get("h5sparse_shape"))
-    )
+    shape = matrix.shape if is_array(matrix) else matrix.attrs.get("shape", matrix.attrs.get("h5sparse_shape"))
     return int(shape[0]), int(shape[1])
 
 

@@ -3,19 +3,20 @@
 import hashlib
 import json
 import os
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import h5py
 import numpy as np
 import platformdirs
 from scipy import sparse
 
-from perturbray.data.dataset import DatasetSpec, matrix_shape, open_h5ad
+from perturbray.data.dataset import DatasetSpec, Group, Node, is_array, matrix_shape, open_screen
 from perturbray.errors import InputError
 
 DIGEST_ROWS = 4096  # rows behind one partial digest: read ranges are multiples of it, so that blocks do not change it
+PIECE = 2**20  # values that are digested at once, where they are read for it
 LOG_LIMIT = 15.0  # log1p of 3 million: nothing log-normalised is above
 
 
@@ -57,13 +58,13 @@ class Normalisation:
         return np.log1p(values * np.repeat(scale, row_lengths)).astype(np.float32)
 
 
-def read_rows(file: h5py.File, spec: DatasetSpec, start: int, stop: int) -> sparse.csr_matrix:
+def read_rows(file: Group, spec: DatasetSpec, start: int, stop: int) -> sparse.csr_matrix:
     """Rows [start, stop) of the matrix as CSR with float32 values. Indices are checked against the number of genes."""
     matrix = spec.matrix(file)
     genes = matrix_shape(matrix)[1]
-    if isinstance(matrix, h5py.Dataset):
+    if is_array(matrix):
         return sparse.csr_matrix(matrix[start:stop].astype(np.float32))
-    if _encoding(matrix).startswith("csc"):
+    if by_columns(matrix):
         from anndata.io import read_elem  # columns cannot be read by rows: the whole matrix, then its rows
 
         return sparse.csr_matrix(read_elem(matrix), dtype=np.float32)[start:stop]
@@ -76,18 +77,19 @@ def read_rows(file: h5py.File, spec: DatasetSpec, start: int, stop: int) -> spar
     return sparse.csr_matrix((values, indices, indptr - indptr[0]), shape=(stop - start, genes))
 
 
-def row_ranges(spec: DatasetSpec, file: h5py.File, *, rows: int) -> list[tuple[int, int]]:
+def row_ranges(spec: DatasetSpec, file: Group, *, rows: int) -> list[tuple[int, int]]:
     """Ranges of about ``rows`` rows, each a multiple of DIGEST_ROWS; one range for a matrix stored by columns."""
     matrix = spec.matrix(file)
     cells = matrix_shape(matrix)[0]
-    if not isinstance(matrix, h5py.Dataset) and _encoding(matrix).startswith("csc"):
+    if not is_array(matrix) and by_columns(matrix):
         rows = cells
     step = max(DIGEST_ROWS, -(-rows // DIGEST_ROWS) * DIGEST_ROWS)
     return [(start, min(start + step, cells)) for start in range(0, cells, step)]
 
 
-def _encoding(matrix: h5py.Group) -> str:
-    return str(matrix.attrs.get("encoding-type", matrix.attrs.get("h5sparse_format", "csr_matrix")))
+def by_columns(matrix: Node) -> bool:
+    """Whether a sparse matrix is stored by columns."""
+    return str(matrix.attrs.get("encoding-type", matrix.attrs.get("h5sparse_format", "csr_matrix"))).startswith("csc")
 
 
 def row_facts(rows: sparse.csr_matrix) -> RowFacts:
@@ -119,11 +121,18 @@ def digests(rows: sparse.csr_matrix) -> list[str]:
     found = []
     for start in range(0, rows.shape[0], DIGEST_ROWS):
         indptr = rows.indptr[start : start + DIGEST_ROWS + 1].astype(np.int64)
-        hasher = hashlib.blake2b(np.diff(indptr).tobytes(), digest_size=16)
-        hasher.update(np.ascontiguousarray(rows.indices[indptr[0] : indptr[-1]], dtype=np.int32).tobytes())
-        hasher.update(np.ascontiguousarray(rows.data[indptr[0] : indptr[-1]], dtype=np.float32).tobytes())
-        found.append(hasher.hexdigest())
+        part = slice(indptr[0], indptr[-1])
+        found.append(digest(np.diff(indptr), [rows.indices[part]], [rows.data[part]]))
     return found
+
+
+def digest(lengths: np.ndarray, indices: Iterable[np.ndarray], values: Iterable[np.ndarray]) -> str:
+    """The digest of rows: their lengths, then their gene numbers and their values, both in pieces of any size."""
+    hasher = hashlib.blake2b(lengths.astype(np.int64).tobytes(), digest_size=16)
+    for pieces, dtype in ((indices, np.int32), (values, np.float32)):
+        for piece in pieces:
+            hasher.update(np.ascontiguousarray(piece, dtype=dtype).data)
+    return hasher.hexdigest()
 
 
 def gather(facts: list[RowFacts], digests: list[str], *, spec: DatasetSpec, cell_names, genes) -> MatrixFacts:
@@ -181,17 +190,22 @@ def cache_folder() -> Path:
     return Path(os.environ.get("PERTURBRAY_CACHE") or platformdirs.user_cache_dir("perturbray"))
 
 
-def _memory(spec: DatasetSpec) -> tuple[Path, dict]:
+def stamp(spec: DatasetSpec) -> dict:
+    """What tells without reading whether a matrix is still the same: its place, its size, and when it was changed."""
     place = Path(spec.path).resolve()
-    stat = place.stat()
-    identity = {
+    files = [path for path in place.rglob("*") if path.is_file()] if place.is_dir() else [place]
+    stats = [path.stat() for path in files]
+    return {
         "path": str(place),
         "layer": spec.layer,
-        "size": stat.st_size,
-        "mtime_ns": stat.st_mtime_ns,
-        "version": 1,
+        "size": sum(stat.st_size for stat in stats),
+        "mtime_ns": max((stat.st_mtime_ns for stat in stats), default=0),
     }
-    name = hashlib.blake2b(f"{place}\n{spec.layer}".encode(), digest_size=12).hexdigest()
+
+
+def _memory(spec: DatasetSpec) -> tuple[Path, dict]:
+    identity = {**stamp(spec), "version": 1}
+    name = hashlib.blake2b(f"{identity['path']}\n{spec.layer}".encode(), digest_size=12).hexdigest()
     return cache_folder() / "facts" / f"{name}.json", identity
 
 
@@ -224,7 +238,7 @@ def scan(spec: DatasetSpec, *, cell_names, genes) -> MatrixFacts:
     if known is not None:
         return known
     facts, found = [], []
-    with open_h5ad(spec.path) as file:
+    with open_screen(spec.path) as file:
         for start, stop in row_ranges(spec, file, rows=DIGEST_ROWS):
             rows = read_rows(file, spec, start, stop)
             facts.append(row_facts(rows))

@@ -245,8 +245,8 @@ def test_a_file_of_another_kind_is_refused(tmp_path, content):
         spec_of(path).conditions()
 
 
-def test_a_folder_is_refused(tmp_path):
-    with pytest.raises(InputError, match="this is not an h5ad file"):
+def test_a_folder_that_is_no_zarr_store_is_refused(tmp_path):
+    with pytest.raises(InputError, match=r"this folder is neither a zarr store nor an h5ad file.*AnnData\.write_zarr"):
         spec_of(tmp_path).conditions()
 
 
