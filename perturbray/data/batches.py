@@ -145,8 +145,8 @@ class BatchStream:
     ) -> None:
         self.cells, self.conditions, self.split = cells, conditions, split
         self.batch_size, self.seed, self.mode, self.device = batch_size, seed, mode, torch.device(device)
-        self.sampling, self.embedding, self.windows = sampling or Sampling(), embedding, windows
-        if embedding is not None:
+        self.sampling, self.embedding, self.windows = sampling or Sampling(), embedding or None, windows
+        if embedding:
             cells.embedding(embedding, np.empty(0, dtype=np.int64))  # raises before anything is trained
         if self.sampling.set_size > batch_size:
             raise InputError(

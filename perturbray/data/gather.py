@@ -95,7 +95,7 @@ def add(
     compiled: bool = False,
 ) -> None:
     """Add a power of the values of each row to the line of its group in ``sums``, (groups, genes) float64."""
-    for b, places, local in locate(starts, rows):
+    for b, places, local in locate(starts, rows, ascending=True):  # so that blocks do not change how sums are rounded
         block = blocks[b]
         if compiled:
             from perturbray.data import kernels

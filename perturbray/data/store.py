@@ -88,7 +88,8 @@ class Store:
         """All rows, mapped: no copy, and one page cache for all processes of a machine."""
         from perturbray.data.batches import Cells
 
-        return Cells([self.shard(number) for number in range(len(self.rows))])
+        shards = [self.shard(number) for number in range(len(self.rows))]
+        return Cells(shards, {key: self.embedding(key) for key, _ in self.embeddings}, checked=True)
 
     def embedding(self, key: str) -> np.ndarray:
         """(cells, width) float32, mapped: a matrix of obsm, row by row with the cells. Raises InputError."""

@@ -6,7 +6,6 @@ in the object store at once is bounded by ``memory``, whatever the number of cel
 """
 
 import logging
-import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -28,7 +27,7 @@ COMPILED = 20_000_000  # stored values from which on a reader loads compiled loo
 AHEAD = 1  # windows on their way to the consumer beside the one that it works on
 IN_FLIGHT = READERS + AHEAD + 2  # windows in the object store at once: being written, waiting, being used
 WINDOW_MB = 80.0  # the best size of a window for speed, where memory allows it
-MEMORY_MB = 500.0  # PERTURBRAY_STREAM_MB sets another limit
+MEMORY_MB = 500.0  # what an epoch takes of the object store, where no limit is given
 
 
 class WindowSource(Datasource):
@@ -89,7 +88,7 @@ class Windows:
     """
 
     store: Store
-    memory_mb: float = 0.0  # 0: $PERTURBRAY_STREAM_MB, or 500 MB and at most half of the object store
+    memory_mb: float = 0.0  # 0: 500 MB, or half of the object store where that is less
 
     def read(self, rows: np.ndarray, cuts: np.ndarray) -> Iterator[tuple[int, int, Rows]]:
         """Batches from one number to another and their rows, window after window, in the order of the plan."""
@@ -128,8 +127,8 @@ class Windows:
     @property
     def limit_mb(self) -> float:
         """What an epoch may take of the object store."""
-        chosen = self.memory_mb or float(os.environ.get("PERTURBRAY_STREAM_MB") or 0)
-        return chosen or min(MEMORY_MB, ray.cluster_resources().get("object_store_memory", 1e12) / 2e6)
+        start_ray()
+        return self.memory_mb or min(MEMORY_MB, ray.cluster_resources().get("object_store_memory", 1e12) / 2e6)
 
     @property
     def _window_mb(self) -> float:
@@ -137,16 +136,13 @@ class Windows:
 
     def _stream(self, parts: list[np.ndarray]) -> Iterator[Rows]:
         """The rows of each part, in order. Raises RuntimeError where what came is not what was asked for."""
-        start_ray()
         logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # a line an execution otherwise
         context = ray.data.DataContext.get_current().copy()
         context.enable_progress_bars = False
         context.print_on_execution_start = False
         context.target_max_block_size = None  # a window stays one block
         context.execution_options.preserve_order = True
-        context.execution_options.resource_limits = ray.data.ExecutionResources(
-            object_store_memory=self.limit_mb * 1e6
-        )
+        context.execution_options.resource_limits = ray.data.ExecutionResources(object_store_memory=self.limit_mb * 1e6)
         with ray.data.DataContext.current(context):
             windows = ray.data.read_datasource(
                 WindowSource(self.store, parts),
