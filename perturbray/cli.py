@@ -185,10 +185,11 @@ def _run_script(
     signal.signal(signal.SIGTERM, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
 
     from perturbray import plugin
-    from perturbray.data.dataset import open_h5ad
+    from perturbray.data.dataset import open_screen
+    from perturbray.data.store import known
 
-    if arguments.data:  # before the imports that take seconds
-        with open_h5ad(arguments.data):
+    if arguments.data and not known(arguments.data):  # before the imports that take seconds
+        with open_screen(arguments.data):
             pass
     plugins = tuple(plugin.Plugin.read(path) for path in arguments.plugin)
     from perturbray.models import MODELS
@@ -225,7 +226,7 @@ def _run(sweep: "Sweep", folder: Path, arguments: argparse.Namespace, plugins: t
     plan = Plan.of(sweep, folder)
     terminal = Terminal()
     if arguments.dry_run:
-        plan.scan()
+        plan.scan(terminal.line)
         _print_plan(plan, terminal)
         return 0
     failures: ExceptionGroup | None = None

@@ -18,6 +18,7 @@ from perturbray import plugin, scoring
 from perturbray.cluster import SCORER_CPUS, Cluster, Placement, connect, place
 from perturbray.data.dataset import Conditions, DatasetSpec
 from perturbray.data.splits import TRAIN
+from perturbray.data.store import Store
 from perturbray.data.truth import digest, observe
 from perturbray.metrics.cell_metrics import COMPONENTS
 from perturbray.metrics.distribution import fit_pca
@@ -97,29 +98,40 @@ def run_sweep(
         _store(plan, command)
         events.planned(plan)
         return 0
-    with table.made(plan.folder), connect(address) as cluster:
+    with table.made(plan.folder):
+        stores = {spec: plan.read(spec, events.line) for spec in plan.conditions}
+        _store(plan, command)
+        events.planned(plan)
+        wanted = plan.remaining()
+        if wanted:
+            _run(plan, wanted, stores, address=address, plugins=plugins, events=events)
+    _raise_failures(plan, set(wanted))
+    return len(wanted)
+
+
+def _run(
+    plan: Plan,
+    wanted: dict[str, Trial],
+    stores: dict[DatasetSpec, Store],
+    *,
+    address: str | None,
+    plugins: tuple[plugin.Plugin, ...],
+    events: Events,
+) -> None:
+    """Connect to Ray, share what is needed, train and score."""
+    for key in wanted:
+        (plan.folder / f"{key}{table.FAILED}").unlink(missing_ok=True)
+    with connect(address) as cluster:
         import ray
 
         from perturbray.data import blocks
         from perturbray.metrics.pool import Pool
 
-        place(cluster.cpus, cluster.gpus, trials=1)  # without a CPU, reading would wait for ever
-        read = {}
-        for spec, conditions in plan.conditions.items():
-            events.line(
-                f"reading {spec.path}: {len(conditions.cell_condition):,} cells x {len(conditions.genes):,} genes"
-            )
-            read[spec], plan.facts[spec] = blocks.read(spec, conditions)
-        _store(plan, command)
-        events.planned(plan)
-        wanted = plan.remaining()
-        if not wanted:
-            return 0
-        for key in wanted:
-            (plan.folder / f"{key}{table.FAILED}").unlink(missing_ok=True)
         placement = place(cluster.cpus, cluster.gpus, trials=len(wanted))
+        nodes = address is not None or cluster.nodes > 1
+        shared_stores = {spec: blocks.share(store, nodes=nodes) for spec, store in stores.items()}
         tune_folder = plan.folder / "tune" / datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
-        truths = _observe(plan, read)
+        truths = _observe(plan, stores)
         stored = ray.put(truths)
         work = partial(
             scoring.score,
@@ -135,7 +147,7 @@ def run_sweep(
             plugins=plugins,
             trials=cloudpickle.dumps(plan.trials),
             conditions=plan.conditions,
-            blocks=read,
+            blocks=shared_stores,
             truths=stored,
             truth_of={key: plan.truth_of(trial) for key, trial in plan.trials.items()},
             cells=plan.sweep.cells if plan.sweep.needs_cells else 0,
@@ -161,8 +173,6 @@ def run_sweep(
                     pool.drain()  # what is trained is scored, also after Ctrl-C
                     pool.stop()
                 table.write_plan(plan.folder, {**table.read_plan(plan.folder), "status": {"state": state}})
-    _raise_failures(plan, set(wanted))
-    return len(wanted)
 
 
 def _store(plan: Plan, command: str) -> None:
@@ -240,7 +250,7 @@ def _tune(keys: list[str], shared: Shared, placement: Placement, tune_folder: Pa
 
 
 def train(config: dict, *, shared: Shared) -> None:
-    """Tune's trainable: one trial, from blocks to a prediction in a scorer's queue. Leaves no state in its process."""
+    """Tune's trainable: one trial, from mapped rows to a prediction in a scorer's queue. Leaves no state in its process."""
     import ray
     from ray import tune
 
@@ -340,14 +350,14 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _observe(plan: Plan, read: dict[DatasetSpec, "Blocks"]) -> dict[str, Truth]:  # noqa: F821  # imports ray
+def _observe(plan: Plan, stores: dict[DatasetSpec, Store]) -> dict[str, Truth]:
     """Every truth of a plan by digest, each computed once."""
     truths: dict[str, Truth] = {}
     for trial in plan.sweep.trials:
         key, conditions, split = plan.truth_of(trial), plan.conditions[trial.dataset], plan.splits[task_of(trial)]
         if key in truths:
             continue
-        cells = read[trial.dataset].cells()
+        cells = stores[trial.dataset].cells()
         if not plan.sweep.needs_cells:
             truths[key] = observe(cells, conditions, split)
             continue

@@ -2,17 +2,19 @@
 
 import hashlib
 import platform
+import time
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 
+import h5py
 import numpy as np
 
 from perturbray import scoring, synthetic
-from perturbray.data import matrix
-from perturbray.data.dataset import Conditions, DatasetSpec, fingerprint, open_h5ad
+from perturbray.data import matrix, store
+from perturbray.data.dataset import Conditions, DatasetSpec, fingerprint, open_screen
 from perturbray.data.splits import TEST, TRAIN, Split
 from perturbray.data.truth import digest
 from perturbray.errors import InputError
@@ -20,6 +22,7 @@ from perturbray.results import table
 from perturbray.sweep import Sweep
 from perturbray.trial import Trial
 
+PROGRESS_SECONDS = 10.0  # between two lines while a screen is read
 PACKAGES = ("perturbray", "ray", "torch", "numpy", "anndata")
 
 
@@ -37,7 +40,7 @@ class Plan:
     def of(cls, sweep: Sweep, folder: Path) -> "Plan":
         """Check everything that can be checked before anything is read or written. Raises InputError."""
         specs = dict.fromkeys(trial.dataset for trial in sweep.trials)
-        conditions = {spec: spec.conditions() for spec in specs}
+        conditions = {spec: store.conditions(spec) for spec in specs}
         splits: dict[tuple, Split] = {}
         for trial in sweep.trials:
             if task_of(trial) not in splits:
@@ -55,10 +58,17 @@ class Plan:
         """Whether the content of every dataset is known, and with it the keys."""
         return len(self.facts) == len(self.conditions)
 
-    def scan(self) -> None:
-        """Read X in this process where its content is not known yet."""
-        for spec, conditions in self.conditions.items():
-            self.facts[spec] = matrix.scan(spec, cell_names=conditions.cell_names, genes=conditions.genes)
+    def scan(self, say: store.Say = lambda _: None) -> None:
+        """Read X where its content is not known yet, into the store that the sweep runs on later."""
+        for spec in self.conditions.keys() - self.facts.keys():
+            self.read(spec, say)
+
+    def read(self, spec: DatasetSpec, say: store.Say) -> store.Store:
+        """The store of a dataset, and with it what X holds."""
+        progress = _Lines(say, f"reading {spec.path}")
+        found = store.ingest(spec, self.conditions[spec], progress=progress, say=say)
+        self.facts[spec] = found.facts
+        return found
 
     @cached_property
     def contents(self) -> dict[DatasetSpec, str]:
@@ -167,10 +177,9 @@ def reference(plan: Plan) -> dict[str, list] | None:
     if not trials:
         return None
     spec = trials[0].dataset
-    with open_h5ad(spec.path) as file:
-        if "uns/truth" not in file or spec.normalize == "none":
-            return None
-    truth, conditions = synthetic.Truth.read(spec.path), plan.conditions[spec]
+    truth, conditions = _truth(spec), plan.conditions[spec]
+    if truth is None or spec.normalize == "none":
+        return None
     lowest = min(trials, key=lambda t: getattr(t.ablation, "level", 0.0))
     at_lowest = [t for t in trials if t.ablation == lowest.ablation]
     rows: dict[str, list] = {name: [] for name in ("reference", "model", "perturbation", "metric", "value")}
@@ -189,6 +198,28 @@ def reference(plan: Plan) -> dict[str, list] | None:
         for name, level in zip(covariates, conditions.contexts[conditions.context[row]], strict=True):
             covariates[name].append(level)
     return {**rows, **covariates} if rows["value"] else None
+
+
+def _truth(spec: DatasetSpec) -> synthetic.Truth | None:
+    """The known effects of a synthetic screen, from its store where there is one."""
+    found = store.find(spec)
+    if found is not None:
+        return synthetic.Truth.read(found.truth) if found.truth else None
+    with open_screen(spec.path) as file:
+        there = isinstance(file, h5py.File) and "uns/truth" in file
+    return synthetic.Truth.read(spec.path) if there else None
+
+
+class _Lines:
+    """Says every so often how much is done."""
+
+    def __init__(self, say: store.Say, what: str) -> None:
+        self.say, self.what, self.last = say, what, time.monotonic()
+
+    def __call__(self, share: float) -> None:
+        if time.monotonic() - self.last >= PROGRESS_SECONDS:
+            self.say(f"{self.what}: {share:.0%}")
+            self.last = time.monotonic()
 
 
 def _mean_shift_errors(truth: "synthetic.Truth", conditions: Conditions, split: Split) -> dict[int, float]:

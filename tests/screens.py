@@ -79,14 +79,18 @@ def rectangle(contexts: int, perturbations: int, *, cells: int = 1, controls: in
 
 
 def rows_of(spec: DatasetSpec, conditions: Conditions) -> sparse.csr_matrix:
-    """The normalised rows of a file, as the blocks of a sweep hold them."""
-    facts = matrix.scan(spec, cell_names=conditions.cell_names, genes=conditions.genes)
-    normalisation = matrix.decide(spec, facts)
+    """The normalised rows of a file, as its store holds them."""
     with open_screen(spec.path) as file:
         rows = matrix.read_rows(file, spec, 0, len(conditions.cell_condition))
     totals = np.asarray(rows.sum(axis=1, dtype=np.float64)).ravel()
-    rows.data = normalisation.apply(rows.data, np.diff(rows.indptr), totals)
+    rows.data = matrix.decide(spec, facts_of(rows, spec, conditions)).apply(rows.data, np.diff(rows.indptr), totals)
     return rows
+
+
+def facts_of(rows: sparse.csr_matrix, spec: DatasetSpec, conditions: Conditions) -> matrix.MatrixFacts:
+    """What a matrix holds, from all of its rows at once."""
+    facts, digests = [matrix.row_facts(rows)], matrix.digests(rows)
+    return matrix.gather(facts, digests, spec=spec, cell_names=conditions.cell_names, genes=conditions.genes)
 
 
 def in_blocks(rows: sparse.csr_matrix, blocks: int) -> Cells:

@@ -4,12 +4,12 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import screens
 
 import perturbray as pr
 from perturbray import scoring, synthetic
-from perturbray.data import matrix
 from perturbray.data.batches import Cells
-from perturbray.data.dataset import DatasetSpec, open_h5ad
+from perturbray.data.dataset import DatasetSpec
 from perturbray.data.splits import TEST
 from perturbray.data.truth import HALVINGS, digest, observe
 from perturbray.metrics.metric import Metric
@@ -23,12 +23,7 @@ def opened(path, **spec) -> tuple:
     """A screen file as the spec, its conditions and its normalised cells."""
     spec = DatasetSpec(path=str(path), **spec)
     conditions = spec.conditions()
-    facts = matrix.scan(spec, cell_names=conditions.cell_names, genes=conditions.genes)
-    with open_h5ad(spec.path) as file:
-        rows = matrix.read_rows(file, spec, 0, len(conditions.cell_condition))
-    totals = np.asarray(rows.sum(axis=1, dtype=float)).ravel()
-    rows.data = matrix.decide(spec, facts).apply(rows.data, np.diff(rows.indptr), totals)
-    return spec, conditions, Cells([rows])
+    return spec, conditions, Cells([screens.rows_of(spec, conditions)])
 
 
 @pytest.fixture(scope="module")

@@ -1,160 +1,99 @@
-"""Blocks: the cells of a screen as CSR rows in Ray's object store, read from the file once for all trials of a sweep."""
+"""Blocks: how a trial comes by a screen's cells. Where its node sees the store it maps it; elsewhere rows come through Ray.
 
-import logging
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+A node that joins a running sweep may be the first that does not see the folder, so rows are put into the object store
+when somebody asks for them, once, and stay there for all trials of all such nodes.
+"""
+
 from dataclasses import dataclass
 
 import numpy as np
-import pyarrow as pa
 import ray
-from ray.data.block import BlockMetadata
-from ray.data.datasource import Datasource, ReadTask
-from ray.exceptions import RayTaskError
-from scipy import sparse
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from perturbray.data import matrix
 from perturbray.data.batches import Cells
-from perturbray.data.dataset import Conditions, DatasetSpec, open_h5ad
+from perturbray.data.store import Store
 from perturbray.errors import InputError
-
-ROWS = 65536  # rows a block, 80 to 160 MB on a screen of 5,000 genes at 8 % density
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """References to Arrow tables in row order. Pickles small, so that every trial may hold it."""
+    """A screen for trials. Pickles small, so that every one may hold it."""
 
-    references: tuple[ray.ObjectRef, ...]
-    genes: int
+    store: Store
+    keeper: "ray.actor.ActorHandle | None"  # who has the rows for nodes without the folder; None: there are none
 
     def cells(self) -> Cells:
-        """The rows, mapped from this node's object store without a copy."""
-        return Cells([_rows(table, self.genes) for table in ray.get(list(self.references))])
-
-
-class CellDatasource(Datasource):
-    """Row ranges of an h5ad file, one read task and one block each, with what each row holds beside it."""
-
-    def __init__(self, spec: DatasetSpec, *, genes: int, rows: int = ROWS) -> None:
-        super().__init__()
-        self.spec, self.genes = spec, genes
-        with open_h5ad(spec.path) as file:
-            self.ranges = matrix.row_ranges(spec, file, rows=rows)
-
-    def get_name(self) -> str:
-        return f"cells of {self.spec.name}"
-
-    def estimate_inmemory_data_size(self) -> None:
-        return None
-
-    def get_read_tasks(self, parallelism, per_task_row_limit=None, data_context=None) -> list[ReadTask]:
-        return [self._task(start, stop) for start, stop in self.ranges]
-
-    def _task(self, start: int, stop: int) -> ReadTask:
-        spec = self.spec  # a task closes over values, not over this object
-
-        def read() -> Iterable[pa.Table]:
-            with open_h5ad(spec.path) as file:
-                rows = matrix.read_rows(file, spec, start, stop)
-            yield _table(rows, matrix.row_facts(rows), start)
-
-        return ReadTask(read, BlockMetadata(num_rows=stop - start, size_bytes=None, exec_stats=None))
-
-
-def read(spec: DatasetSpec, conditions: Conditions, *, rows: int = ROWS) -> tuple[Blocks, matrix.MatrixFacts]:
-    """Read, check and normalise a screen. One pass over the file, whatever the number of trials.
-
-    Raises InputError for values that are not finite or of no known scale, before anything is trained.
-    """
-    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # a line an execution otherwise, and what is raised twice
-    context = ray.data.DataContext.get_current().copy()
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
-    context.target_max_block_size = None  # a row range stays one block
-    with ray.data.DataContext.current(context), _as_raised():
-        source = CellDatasource(spec, genes=len(conditions.genes), rows=rows)
-        raw = ray.data.read_datasource(source, override_num_blocks=len(source.ranges)).materialize()
-        facts = _facts(raw, spec, conditions)
-        normalisation = matrix.decide(spec, facts)
-        ready = raw.map_batches(
-            _normalise, batch_size=None, batch_format="pyarrow", fn_kwargs={"normalisation": normalisation}
-        ).materialize()
-    matrix.remember(spec, facts)
-    references = tuple(reference for bundle in ready.iter_internal_ref_bundles() for reference in bundle.block_refs)
-    return Blocks(references=_in_order(references), genes=len(conditions.genes)), facts
-
-
-@contextmanager
-def _as_raised() -> Iterator[None]:
-    """An InputError of a read task as its one line, without the traceback and the advice that Ray adds."""
-    try:
-        yield
-    except RayTaskError as error:
-        if isinstance(error, InputError):
-            raise InputError(str(error.cause).splitlines()[0]) from None
-        raise
-
-
-def _table(rows: sparse.csr_matrix, facts: matrix.RowFacts, start: int) -> pa.Table:
-    n = rows.shape[0]
-    digest: list[str | None] = [None] * n
-    digest[:: matrix.DIGEST_ROWS] = matrix.digests(rows)
-    offsets = pa.array(rows.indptr.astype(np.int64))
-    return pa.table(
-        {
-            "row": np.arange(start, start + n, dtype=np.int64),
-            "indices": pa.LargeListArray.from_arrays(offsets, pa.array(rows.indices.astype(np.int32, copy=False))),
-            "values": pa.LargeListArray.from_arrays(offsets, pa.array(rows.data.astype(np.float32, copy=False))),
-            "total": facts.total,
-            "minimum": facts.minimum,
-            "maximum": facts.maximum,
-            "whole": facts.whole,
-            "bad_gene": facts.bad_gene,
-            "digest": pa.array(digest, type=pa.string()),
-        }
-    )
-
-
-def _normalise(table: pa.Table, normalisation: matrix.Normalisation) -> pa.Table:
-    rows = _rows(table, 2**31 - 1)
-    totals = table["total"].to_numpy()
-    values = normalisation.apply(rows.data, np.diff(rows.indptr), totals)
-    offsets = pa.array(rows.indptr.astype(np.int64))
-    columns = {"indices": pa.array(rows.indices), "values": pa.array(values)}
-    lists = {name: pa.LargeListArray.from_arrays(offsets, flat) for name, flat in columns.items()}
-    return pa.table({"row": table["row"], **lists})
-
-
-def _rows(table: pa.Table, genes: int) -> sparse.csr_matrix:
-    """An Arrow block as CSR over the same memory, where it has one chunk."""
-    # combine_chunks copies a single chunk too, and every trial would hold a screen of its own.
-    indices, values = (
-        column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
-        for column in (table["indices"], table["values"])
-    )
-    indptr = indices.offsets.to_numpy()
-    low, high = indptr[0], indptr[-1]
-    return sparse.csr_matrix(
-        (values.values.to_numpy()[low:high], indices.values.to_numpy()[low:high], indptr - low),
-        shape=(len(indptr) - 1, genes),
-        copy=False,
-    )
-
-
-def _facts(raw: "ray.data.Dataset", spec: DatasetSpec, conditions: Conditions) -> matrix.MatrixFacts:
-    columns = ["row", "total", "minimum", "maximum", "whole", "bad_gene", "digest"]
-    table = raw.select_columns(columns).to_pandas().sort_values("row")
-    facts = matrix.RowFacts(**{name: table[name].to_numpy() for name in columns[1:-1]})
-    digests = table["digest"].dropna().tolist()
-    return matrix.gather([facts], digests, spec=spec, cell_names=conditions.cell_names, genes=conditions.genes)
-
-
-def _in_order(references: tuple[ray.ObjectRef, ...]) -> tuple[ray.ObjectRef, ...]:
-    first = ray.get([_first_row.remote(reference) for reference in references])
-    return tuple(reference for _, reference in sorted(zip(first, references, strict=True), key=lambda pair: pair[0]))
+        """The rows, without a copy: mapped from the store, or from this node's object store."""
+        if self.store.visible:
+            return self.store.cells()
+        if self.keeper is None:
+            raise InputError(f"this process does not see the store {self.store.folder}, which the sweep began with")
+        check_room(self.store, [ray.get_runtime_context().get_node_id()])
+        shards, embeddings = ray.get(self.keeper.references.remote())
+        matrices = dict(zip(embeddings, ray.get(list(embeddings.values())), strict=True))
+        return Cells(ray.get(shards), matrices, checked=True)
 
 
 @ray.remote(num_cpus=0)
-def _first_row(table: pa.Table) -> int:
-    return table["row"][0].as_py()
+class Keeper:
+    """Sees the store, and puts its rows into the object store when they are first asked for."""
+
+    def __init__(self, store: Store) -> None:
+        self.shards = [store.shard(number) for number in range(len(store.rows))]
+        self.embeddings = {key: store.embedding(key) for key, _ in store.embeddings}
+        self.found: tuple[list[ray.ObjectRef], dict[str, ray.ObjectRef]] | None = None
+
+    def references(self) -> tuple[list[ray.ObjectRef], dict[str, ray.ObjectRef]]:
+        """Rows of each shard in order, and the embeddings by key."""
+        if self.found is None:
+            embeddings = {key: ray.put(np.asarray(matrix)) for key, matrix in self.embeddings.items()}
+            self.found = [ray.put(rows) for rows in self.shards], embeddings
+        return self.found
+
+
+def share(store: Store, *, nodes: bool) -> Blocks:
+    """A store for trials of this cluster; ``nodes`` says whether it has others than this one, or may get some.
+
+    Raises InputError in numbers where a node neither sees the folder nor has room for the rows.
+    """
+    if not nodes:
+        return Blocks(store=store, keeper=None)
+    blind = [node for node, sees in _sight(store).items() if not sees]
+    if blind:
+        check_room(store, blind)
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return Blocks(store=store, keeper=Keeper.options(scheduling_strategy=here).remote(store))
+
+
+def check_room(store: Store, nodes: list[str]) -> None:
+    """Raise InputError where the object store of a node is smaller than the rows."""
+    for node in ray.nodes():
+        room = int(node["Resources"].get("object_store_memory", 0))
+        if node["NodeID"] in nodes and store.nbytes > room:
+            raise InputError(
+                f"node {node['NodeManagerHostname']} does not see {store.folder}, and its rows, {store.nbytes / 1e6:,.0f} MB, "
+                f"do not fit into its object store of {room / 1e6:,.0f} MB: set PERTURBRAY_CACHE to a folder that every "
+                "node sees, or start Ray there with a larger --object-store-memory"
+            )
+
+
+def _sight(store: Store) -> dict[str, bool]:
+    """Whether each node sees the store's folder; one that does not answer counts as blind."""
+    asked = {
+        node["NodeID"]: _sees.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False))
+        for node in ray.nodes()
+        if node["Alive"]
+    }
+    answers = {node: task.remote(store) for node, task in asked.items()}
+    found = {}
+    for node, answer in answers.items():
+        try:
+            found[node] = ray.get(answer, timeout=60)
+        except (ray.exceptions.RayError, TimeoutError):
+            found[node] = False
+    return found
+
+
+@ray.remote(num_cpus=0, max_retries=0)
+def _sees(store: Store) -> bool:
+    return store.visible

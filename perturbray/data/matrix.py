@@ -12,7 +12,7 @@ import numpy as np
 import platformdirs
 from scipy import sparse
 
-from perturbray.data.dataset import DatasetSpec, Group, Node, is_array, matrix_shape, open_screen
+from perturbray.data.dataset import DatasetSpec, Group, Node, is_array, matrix_shape
 from perturbray.errors import InputError
 
 DIGEST_ROWS = 4096  # rows behind one partial digest: read ranges are multiples of it, so that blocks do not change it
@@ -65,9 +65,7 @@ def read_rows(file: Group, spec: DatasetSpec, start: int, stop: int) -> sparse.c
     if is_array(matrix):
         return sparse.csr_matrix(matrix[start:stop].astype(np.float32))
     if by_columns(matrix):
-        from anndata.io import read_elem  # columns cannot be read by rows: the whole matrix, then its rows
-
-        return sparse.csr_matrix(read_elem(matrix), dtype=np.float32)[start:stop]
+        return _from_columns(matrix, start, stop)
     indptr = matrix["indptr"][start : stop + 1].astype(np.int64)
     indices = matrix["indices"][indptr[0] : indptr[-1]].astype(np.int32)
     if len(indices) and (indices.min() < 0 or indices.max() >= genes):
@@ -77,14 +75,21 @@ def read_rows(file: Group, spec: DatasetSpec, start: int, stop: int) -> sparse.c
     return sparse.csr_matrix((values, indices, indptr - indptr[0]), shape=(stop - start, genes))
 
 
-def row_ranges(spec: DatasetSpec, file: Group, *, rows: int) -> list[tuple[int, int]]:
-    """Ranges of about ``rows`` rows, each a multiple of DIGEST_ROWS; one range for a matrix stored by columns."""
-    matrix = spec.matrix(file)
-    cells = matrix_shape(matrix)[0]
-    if not is_array(matrix) and by_columns(matrix):
-        rows = cells
-    step = max(DIGEST_ROWS, -(-rows // DIGEST_ROWS) * DIGEST_ROWS)
-    return [(start, min(start + step, cells)) for start in range(0, cells, step)]
+def _from_columns(matrix: Group, start: int, stop: int) -> sparse.csr_matrix:
+    """Rows [start, stop) of a matrix that is stored by columns: all of it is read, a piece at a time, and they are kept."""
+    bounds = matrix["indptr"][:].astype(np.int64)
+    parts: list[tuple[np.ndarray, ...]] = []
+    for first in range(0, int(bounds[-1]), PIECE):
+        piece = slice(first, min(first + PIECE, int(bounds[-1])))
+        row = matrix["indices"][piece].astype(np.int64) - start
+        here = np.flatnonzero((row >= 0) & (row < stop - start))
+        gene = np.searchsorted(bounds, first + here, side="right") - 1
+        parts.append((row[here], gene, matrix["data"][piece][here].astype(np.float32)))
+    row, gene, values = (np.concatenate(part) for part in zip(*parts, strict=True)) if parts else ([], [], [])
+    order = np.argsort(row, kind="stable")  # genes came in order, and stay so within a row
+    indptr = np.concatenate([[0], np.cumsum(np.bincount(np.asarray(row, dtype=np.int64), minlength=stop - start))])
+    values = np.asarray(values, dtype=np.float32)[order]
+    return sparse.csr_matrix((values, np.asarray(gene)[order], indptr), shape=(stop - start, matrix_shape(matrix)[1]))
 
 
 def by_columns(matrix: Node) -> bool:
@@ -230,19 +235,3 @@ def remember(spec: DatasetSpec, facts: MatrixFacts) -> None:
     except OSError:
         with suppress(OSError):
             temporary.unlink()
-
-
-def scan(spec: DatasetSpec, *, cell_names, genes) -> MatrixFacts:
-    """Read the matrix once in this process, in bounded memory; remembered facts are returned without reading."""
-    known = remembered(spec)
-    if known is not None:
-        return known
-    facts, found = [], []
-    with open_screen(spec.path) as file:
-        for start, stop in row_ranges(spec, file, rows=DIGEST_ROWS):
-            rows = read_rows(file, spec, start, stop)
-            facts.append(row_facts(rows))
-            found += digests(rows)
-    whole = gather(facts, found, spec=spec, cell_names=cell_names, genes=genes)
-    remember(spec, whole)
-    return whole

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import sparse
 
+from perturbray.errors import InputError
+
 SMALL = 65_536  # genes that an index of two bytes tells apart
 
 
@@ -40,6 +42,9 @@ class Rows:
             matrix = matrix.copy()
             matrix.sum_duplicates()
         genes = matrix.shape[1]
+        if matrix.nnz and not 0 <= matrix.indices.min() <= matrix.indices.max() < genes:
+            wrong = matrix.indices[(matrix.indices < 0) | (matrix.indices >= genes)][0]
+            raise InputError(f"a row names gene number {wrong}, but there are {genes}")  # two bytes would hide it
         return cls(
             indptr=matrix.indptr.astype(np.int64, copy=False),
             indices=matrix.indices.astype(index_type(genes), copy=False),

@@ -85,7 +85,7 @@ class Store:
         return Rows(*arrays, genes=self.genes)
 
     def cells(self) -> "Cells":  # noqa: F821  # imports torch
-        """All rows, mapped: no copy, and one page cache for all processes of a machine."""
+        """All rows and embeddings, mapped: no copy, and one page cache for all processes of a machine."""
         from perturbray.data.batches import Cells
 
         shards = [self.shard(number) for number in range(len(self.rows))]
@@ -130,6 +130,11 @@ def find(spec: DatasetSpec, *, say: Say = lambda _: None) -> Store | None:
     return None
 
 
+def known(path: str) -> bool:
+    """Whether a file was read before, and is unchanged since."""
+    return any(True for _ in _candidates(DatasetSpec(path=path), any_layer=True))
+
+
 def conditions(spec: DatasetSpec) -> Conditions:
     """As ``spec.conditions()``, from the store of an unchanged file where there is one."""
     import pyarrow.parquet as pq
@@ -166,6 +171,8 @@ def ingest(
     if shard_rows is None and (found := find(spec, say=say)):
         return found
     root = _root(say)
+    cells, genes = len(conditions.cell_condition), len(conditions.genes)
+    say(f"reading {spec.path}: {cells:,} cells x {genes:,} genes")
     with _alone(root, _name(spec), say):
         if shard_rows is None and (found := find(spec)):  # another process made it meanwhile
             return found
@@ -275,7 +282,7 @@ def _name(spec: DatasetSpec) -> str:
     return f"{stem}-{hashlib.blake2b(str(place).encode(), digest_size=6).hexdigest()}"
 
 
-def _candidates(spec: DatasetSpec) -> Iterator[tuple[Path, dict]]:
+def _candidates(spec: DatasetSpec, *, any_layer: bool = False) -> Iterator[tuple[Path, dict]]:
     """The stores of a file as it is now, with their manifests."""
     try:
         source = matrix.stamp(spec)
@@ -284,7 +291,10 @@ def _candidates(spec: DatasetSpec) -> Iterator[tuple[Path, dict]]:
     for root in _roots():
         for place in sorted(root.glob(f"{_name(spec)}-*")):
             manifest = _manifest(place)
-            if manifest is not None and manifest["source"] == source:
+            if manifest is None:
+                continue
+            same = source | {"layer": manifest["source"]["layer"]} if any_layer else source
+            if manifest["source"] == same:
                 yield place, manifest
 
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import sparse
 
-from perturbray.data import matrix
+from perturbray.data import matrix, store
 from perturbray.data.dataset import DatasetSpec, open_h5ad
 from perturbray.errors import InputError
 
@@ -45,16 +45,15 @@ def read(spec, start, stop) -> sparse.csr_matrix:
 
 
 def scan(spec) -> matrix.MatrixFacts:
-    conditions = spec.conditions()
-    return matrix.scan(spec, cell_names=conditions.cell_names, genes=conditions.genes)
+    return store.ingest(spec, spec.conditions()).facts
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64, np.int32, np.uint16])
 @pytest.mark.parametrize("layer", [None, "counts"])
-@pytest.mark.parametrize("store", STORED.values(), ids=STORED)
-def test_rows_are_equal_however_they_are_stored(tmp_path, store, layer, dtype):
+@pytest.mark.parametrize("layout", STORED.values(), ids=STORED)
+def test_rows_are_equal_however_they_are_stored(tmp_path, layout, layer, dtype):
     values = counts()
-    stored = store(values.astype(dtype))
+    stored = layout(values.astype(dtype))
     X = stored if layer is None else np.zeros_like(values)
     spec = screen(tmp_path / "stored.h5ad", X, layers={"counts": stored}, layer=layer)
     for start, stop in [(0, 50), (0, 1), (7, 31), (49, 50), (20, 20)]:
@@ -65,7 +64,7 @@ def test_rows_are_equal_however_they_are_stored(tmp_path, store, layer, dtype):
 
 
 def test_digests_are_equal_however_rows_are_stored(tmp_path, own_cache):
-    found = {scan(screen(tmp_path / f"{name}.h5ad", store(counts()))) for name, store in STORED.items()}
+    found = {scan(screen(tmp_path / f"{name}.h5ad", layout(counts()))) for name, layout in STORED.items()}
     assert len(found) == 1
 
 
@@ -100,11 +99,11 @@ def test_facts_name_the_first_gene_of_a_row_that_is_not_finite(bad):
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-@pytest.mark.parametrize("store", STORED.values(), ids=STORED)
-def test_a_value_that_is_not_finite_is_refused_with_its_cell_and_gene(tmp_path, own_cache, store, bad):
+@pytest.mark.parametrize("layout", STORED.values(), ids=STORED)
+def test_a_value_that_is_not_finite_is_refused_with_its_cell_and_gene(tmp_path, own_cache, layout, bad):
     values = counts()
     values[33, 4] = values[40, 2] = bad
-    spec = screen(tmp_path / "holes.h5ad", store(values))
+    spec = screen(tmp_path / "holes.h5ad", layout(values))
     with pytest.raises(InputError, match=r"holes\.h5ad: .* in 2 cells; the first is cell cell_00033, gene gene_4"):
         scan(spec)
     assert not list(own_cache.rglob("*.json")), "nothing of it is remembered"
@@ -125,18 +124,6 @@ def test_digests_tell_values_genes_and_rows_apart():
     changed["value"][3, 3] += 1
     found = {str(matrix.digests(sparse.csr_matrix(values))) for values in (dense, *changed.values())}
     assert len(found) == 5
-
-
-@pytest.mark.parametrize(("store", "number"), [("csr", 4), ("csc", 1), ("dense", 4)])
-def test_ranges_cover_every_row_once_and_are_multiples_of_a_digest(tmp_path, monkeypatch, store, number):
-    monkeypatch.setattr(matrix, "DIGEST_ROWS", 8)
-    spec = screen(tmp_path / "rows.h5ad", STORED[store](counts(50)))
-    with open_h5ad(spec.path) as file:
-        ranges = matrix.row_ranges(spec, file, rows=10)
-        assert len(matrix.row_ranges(spec, file, rows=1000)) == 1
-    assert [row for start, stop in ranges for row in range(start, stop)] == list(range(50))
-    assert all(start % 8 == 0 for start, _ in ranges)
-    assert len(ranges) == number
 
 
 # What the values are taken for.
@@ -227,8 +214,8 @@ def test_facts_are_remembered_until_the_file_changes(tmp_path, own_cache, monkey
     first = scan(spec)
     assert matrix.remembered(spec) == first
     with monkeypatch.context() as patch:
-        patch.setattr(matrix, "read_rows", None)
-        assert scan(spec) == first, "X is not read again"
+        patch.setattr(store, "open_screen", None)
+        assert store.ingest(spec, store.conditions(spec)).facts == first, "nothing is read again"
 
     screen(tmp_path / "a.h5ad", sparse.csr_matrix(counts(seed=1)))
     assert matrix.remembered(spec) is None
