@@ -48,12 +48,13 @@ class Delivery:
     def cells(self) -> Cells:
         return self.store.cells()
 
-    def windows(self) -> "Windows | None":  # noqa: F821  # imports ray
+    def windows(self, *, at_once: int = 1) -> "Windows | None":  # noqa: F821  # imports ray
+        """What streams the rows, if they are streamed, to this many trials at once."""
         if not self.streaming:
             return None
         from perturbray.data.windows import Windows
 
-        return Windows(self.store, memory_mb=_megabytes("PERTURBRAY_STREAM_MB"))
+        return Windows(self.store, memory_mb=_megabytes("PERTURBRAY_STREAM_MB"), at_once=at_once)
 
 
 def load(

@@ -88,7 +88,8 @@ class Windows:
     """
 
     store: Store
-    memory_mb: float = 0.0  # 0: 500 MB, or half of the object store where that is less
+    memory_mb: float = 0.0  # 0: 500 MB, or this trial's part of half of the object store where that is less
+    at_once: int = 1  # trials that share the object store
 
     def read(self, rows: np.ndarray, cuts: np.ndarray) -> Iterator[tuple[int, int, Rows]]:
         """Batches from one number to another and their rows, window after window, in the order of the plan."""
@@ -128,7 +129,8 @@ class Windows:
     def limit_mb(self) -> float:
         """What an epoch may take of the object store."""
         start_ray()
-        return self.memory_mb or min(MEMORY_MB, ray.cluster_resources().get("object_store_memory", 1e12) / 2e6)
+        room = ray.cluster_resources().get("object_store_memory", 1e12) / 1e6
+        return self.memory_mb or min(MEMORY_MB, room / 2 / self.at_once)
 
     @property
     def _window_mb(self) -> float:
