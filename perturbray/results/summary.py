@@ -79,12 +79,14 @@ class Summary:
         return list(at.assign(score=score).sort_values(["baseline", "score", "series"])["series"])
 
     def write(self, path: Path) -> None:
-        """Means, differences and scaled scores as one CSV."""
+        """Means, differences and scaled scores as one CSV; beside it ``strata.csv``, means by size of effect."""
         joined = self.means.merge(self.differences, on=["stratum", "metric", "level", "series"], how="left")
         if len(self.anchors.scaled):
             known = self.anchors.scaled.assign(stratum=COMMON)
             joined = joined.merge(known, on=["stratum", "metric", "level", "series"], how="left")
         replace_file(path, lambda target: joined.to_csv(target, index=False))
+        strata = self.anchors.effects
+        replace_file(path.with_name("strata.csv"), lambda target: strata.to_csv(target, index=False))
 
 
 def summarise(
