@@ -16,9 +16,9 @@ import numpy as np
 
 from perturbray import plugin, scoring
 from perturbray.cluster import SCORER_CPUS, Cluster, Placement, connect, place
-from perturbray.data.dataset import Conditions, DatasetSpec
+from perturbray.data.dataset import Conditions, DatasetSpec, open_h5ad, target_sum
 from perturbray.data.splits import TRAIN
-from perturbray.data.truth import CELLS_SEED, digest, observe, target_sum
+from perturbray.data.truth import CELLS_SEED, digest, observe
 from perturbray.metrics.cell_metrics import COMPONENTS
 from perturbray.metrics.distribution import fit_pca
 from perturbray.models.base import MODELS
@@ -358,8 +358,10 @@ def _observe(plan: Plan, read: dict[DatasetSpec, "Blocks"]) -> dict[str, Truth]:
         if key in truths:
             continue
         cells = read[trial.dataset].cells()
-        depth = target_sum(trial.dataset.path) if not plan.normalisation(trial.dataset).log1p else None
-        asked = {"linear": plan.sweep.needs_linear, "target_sum": depth}
+        asked = {"linear": plan.sweep.needs_linear}
+        if not plan.normalisation(trial.dataset).log1p:
+            with open_h5ad(trial.dataset.path) as file:
+                asked["target_sum"] = target_sum(file)
         if not plan.sweep.needs_cells:
             truths[key] = observe(cells, conditions, split, **asked)
             continue

@@ -164,6 +164,14 @@ def obs_columns(spec: DatasetSpec, file: h5py.File, columns: Sequence[str]) -> p
     return pd.DataFrame({column: _column(spec, file["obs"], column).to_numpy() for column in columns})
 
 
+def target_sum(file: h5py.File) -> float | None:
+    """Counts to which the cells of a log-normalised file were scaled, where its ``uns["target_sum"]`` says so."""
+    found = file.get("uns/target_sum")
+    if not isinstance(found, h5py.Dataset) or found.shape != () or found.dtype.kind not in "iuf":
+        return None
+    return float(found[()])
+
+
 def var_names(file: h5py.File) -> np.ndarray:
     """Gene names, (genes,) str."""
     return _names(file["var"])

@@ -4,12 +4,11 @@ import hashlib
 import itertools
 from collections.abc import Iterator
 
-import h5py
 import numpy as np
 from scipy import sparse
 
 from perturbray.data.batches import Cells
-from perturbray.data.dataset import Conditions, open_h5ad
+from perturbray.data.dataset import Conditions
 from perturbray.data.splits import SUBSETS, TEST, Split
 from perturbray.errors import InputError
 from perturbray.prediction import Pseudobulk, Truth
@@ -106,15 +105,6 @@ def observe(
         sample_half=halves,
         control_sample=_sampled(cells, flat, control_code, labels, control_half, sample)[0] if sample else (),
     )
-
-
-def target_sum(path: str) -> float | None:
-    """Counts to which the cells of a log-normalised file were scaled, where its ``uns["target_sum"]`` says so."""
-    with open_h5ad(path) as file:
-        found = file.get("uns/target_sum")
-        if not isinstance(found, h5py.Dataset) or found.shape != () or found.dtype.kind not in "iuf":
-            return None
-        return float(found[()])
 
 
 def _cut(code: np.ndarray, labels: list[tuple[str, ...]], number: int) -> np.ndarray:

@@ -336,18 +336,21 @@ def defined_mean(values: Sequence[np.ndarray]) -> np.ndarray:
     return np.where(here.any(axis=0), np.where(here, stack, 0).sum(axis=0) / np.maximum(here.sum(axis=0), 1), np.nan)
 
 
+def with_variance(cells: Cells, *, linear: bool = True) -> Pseudobulk:
+    """Means and unbiased variances of all groups, a pass over the cells for each moment."""
+    bulk = pseudobulk(cells, linear=linear)
+    n = bulk.cells[:, None]
+    with np.errstate(invalid="ignore", divide="ignore"):
+        squares = group_sums(cells.X, cells.group, cells.groups, np.square)
+        return replace(bulk, variance=np.where(n > 1, np.maximum(squares - n * bulk.mean**2, 0) / (n - 1), np.nan))
+
+
 def _bulks(parts: tuple[Cells, Cells], *, linear: bool) -> list[Pseudobulk]:
-    """Means and variances of both halves of every group, in one pass over the cells for each moment."""
+    """Pseudobulks of both halves, in the same passes over the cells."""
     first, second = parts
     groups = first.groups
     code = np.where(first.group >= 0, first.group, np.where(second.group >= 0, groups + second.group, -1))
-    both = replace(first, group=code, groups=2 * groups)
-    bulk = pseudobulk(both, linear=linear)
-    n = bulk.cells[:, None]
-    with np.errstate(invalid="ignore", divide="ignore"):
-        squares = group_sums(both.X, both.group, both.groups, np.square)
-        variance = np.where(n > 1, np.maximum(squares - n * bulk.mean**2, 0) / (n - 1), np.nan)
-    bulk = replace(bulk, variance=variance)
+    bulk = with_variance(replace(first, group=code, groups=2 * groups), linear=linear)
     return [bulk.rows(np.arange(groups)), bulk.rows(np.arange(groups, 2 * groups))]
 
 
