@@ -16,17 +16,19 @@ import numpy as np
 
 from perturbray import plugin, scoring
 from perturbray.cluster import SCORER_CPUS, Cluster, Placement, connect, place
-from perturbray.data.dataset import Conditions, DatasetSpec
+from perturbray.data.dataset import Conditions, DatasetSpec, open_screen, target_sum
 from perturbray.data.loading import Delivery
 from perturbray.data.splits import TRAIN
 from perturbray.data.store import Store
-from perturbray.data.truth import digest, observe
+from perturbray.data.truth import CELLS_SEED, digest, observe
 from perturbray.metrics.cell_metrics import COMPONENTS
 from perturbray.metrics.distribution import fit_pca
+from perturbray.models.base import MODELS
 from perturbray.plan import Plan, reference, task_of, versions
 from perturbray.prediction import Truth
 from perturbray.randomness import generator
 from perturbray.results import table
+from perturbray.results.anchors import MEAN_RESPONSE
 from perturbray.trial import Outcome, Trial, run
 
 ROUNDS = 3  # times that trials lost with their process are started again
@@ -127,13 +129,16 @@ def _run(
         import ray
 
         from perturbray.data import blocks
-        from perturbray.metrics.pool import Pool
+        from perturbray.metrics.pool import WAITING, WAITING_CELLS, Pool
 
         placement = place(cluster.cpus, cluster.gpus, trials=len(wanted))
         nodes = address is not None or cluster.nodes > 1
         shared_stores = {spec: blocks.share(store, nodes=nodes) for spec, store in stores.items()}
         tune_folder = plan.folder / "tune" / datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
         truths = _observe(plan, stores)
+        if plan.sweep.needs_linear:
+            for depth in sorted({truth.target_sum for truth in truths.values()}):
+                events.line(f"log fold changes of linear means: target sum {depth:,.6g} counts a cell")
         stored = ray.put(truths)
         work = partial(
             scoring.score,
@@ -142,7 +147,10 @@ def _run(
             source=plan.sweep.controls,
             plugins=plugins,
         )
-        pool = Pool.start(work, stored, actors=placement.scorers, cpus=SCORER_CPUS) if placement.scorers else None
+        waiting = WAITING_CELLS if plan.sweep.needs_cells else WAITING
+        pool = None
+        if placement.scorers:
+            pool = Pool.start(work, stored, actors=placement.scorers, cpus=SCORER_CPUS, waiting=waiting)
         events.connected(cluster, placement, tune_folder)
         shared = Shared(
             folder=plan.folder.resolve(),
@@ -257,7 +265,7 @@ def train(config: dict, *, shared: Shared) -> None:
     import ray
     from ray import tune
 
-    from perturbray.metrics.pool import NoScorerError
+    from perturbray.metrics.pool import NoScorerError, keep_here
 
     key, started = config["key"], scoring.now()
     plugin.install(shared.plugins)
@@ -268,13 +276,14 @@ def train(config: dict, *, shared: Shared) -> None:
             cells = shared.blocks[trial.dataset].cells()
             conditions = shared.conditions[trial.dataset]
             truths = ray.get(shared.truths)
-            truth = shared.truth_of[key]
+            truth, pool, turn = shared.truth_of[key], shared.pool, shared.order[key]
             outcome = run(
                 trial,
                 cells,
                 conditions,
                 truth=truths[truth],
                 sample=shared.cells,
+                keep=keep_here if pool is None else partial(pool.keep, key, turn=turn),
                 report=checkpoints.report,
                 state=checkpoints.restore(),
                 windows=shared.windows[trial.dataset],
@@ -282,16 +291,17 @@ def train(config: dict, *, shared: Shared) -> None:
         scorable = scoring.Scorable(
             key=key,
             name=trial.name,
-            columns={**trial.columns(), **outcome.columns, "cells_cap": shared.cells},
+            columns={**trial.columns(), **outcome.columns, "cells_cap": shared.cells, "cells_seed": CELLS_SEED},
             truth=truth,
             predicted=outcome.predicted,
             stratum=outcome.stratum,
+            baseline=type(trial.model) is MODELS[MEAN_RESPONSE],
         )
         scorable.columns.update(shared.columns, started=started, trained=scoring.now(), host=socket.gethostname())
-        if shared.pool is None:
+        if pool is None:
             shared.score(scorable, truths)
         else:
-            shared.pool.submit(key, scorable, turn=shared.order[key])
+            pool.submit(key, scorable, turn=turn)
     except NoScorerError:  # not the trial's fault: without a result and without a record, it is run again
         tune.report({"failed": 1})
         return
@@ -374,13 +384,17 @@ def _observe(plan: Plan, stores: dict[DatasetSpec, Store]) -> dict[str, Truth]:
         if key in truths:
             continue
         cells = stores[trial.dataset].cells()
+        asked = {"linear": plan.sweep.needs_linear}
+        if not plan.normalisation(trial.dataset).log1p:
+            with open_screen(trial.dataset.path) as file:
+                asked["target_sum"] = target_sum(file)
         if not plan.sweep.needs_cells:
-            truths[key] = observe(cells, conditions, split)
+            truths[key] = observe(cells, conditions, split, **asked)
             continue
         # Fitted once for all levels and seeds: on the training cells of the task before anything is taken away.
         whole = trial.split.split(conditions)
         fitted_on = whole if digest(conditions, whole) == key else split
-        truth = observe(cells, conditions, split, sample=plan.sweep.cells)
+        truth = observe(cells, conditions, split, sample=plan.sweep.cells, **asked)
         rows = np.flatnonzero(fitted_on.cell == TRAIN)
         rows = rows[np.argsort(conditions.cell_names[rows], kind="stable")]
         if len(rows) > PCA_CELLS:

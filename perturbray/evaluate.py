@@ -6,7 +6,7 @@ there, so that memory grows with conditions x genes and not with cells x genes.
 
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +17,13 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
-from perturbray.data.dataset import DatasetSpec, matrix_shape, obs_columns, open_h5ad, var_names
+from perturbray.data.dataset import DatasetSpec, matrix_shape, obs_columns, open_h5ad, target_sum, var_names
 from perturbray.data.matrix import LOG_LIMIT, read_rows, row_facts
 from perturbray.errors import InputError
-from perturbray.metrics.conventions import CONVENTIONS, aggregate
-from perturbray.metrics.conventions import evaluate as evaluate_cells
+from perturbray.metrics.calibration import anchored
+from perturbray.metrics.conventions import CONVENTIONS, aggregate, judge
+from perturbray.metrics.standard import sizes_of
+from perturbray.results import calibration as calibrated
 
 ROW_BYTES = 8 << 20  # of dense rows that are read at once
 
@@ -49,28 +51,53 @@ class Files:
     normalize: bool = False
 
 
+@dataclass(frozen=True)
+class Judged:
+    """An evaluation: values by condition, and what they mean on these data."""
+
+    values: pd.DataFrame  # as ``metrics.conventions.evaluate``
+    calibration: pd.DataFrame | None = None  # a row a metric, ``results.calibration.COLUMNS``
+    strata: pd.DataFrame | None = None  # means by size of effect, ``results.anchors.EFFECTS``
+
+
 def evaluate_files(files: Files, *, convention: str = "perturbray", folder: Path | None = None) -> pd.DataFrame:
     """The table of a convention, as ``metrics.conventions.evaluate``; ``folder`` is where temporary files go."""
+    return judge_files(files, convention=convention, folder=folder, calibration=False).values
+
+
+def judge_files(
+    files: Files,
+    *,
+    convention: str = "perturbray",
+    folder: Path | None = None,
+    calibration: bool = True,
+    progress: Callable[[str], None] = lambda text: None,
+) -> Judged:
+    """The table of a convention, and its calibration: intervals and strata for all, anchors for the project's metrics."""
     CONVENTIONS[convention]  # an unknown name is told before hours of reading
     with tempfile.TemporaryDirectory(prefix=".evaluate-", dir=folder) as scratch:
         place = Path(scratch)
-        depth = None
+        depth = recorded = None
         tables = []
         for name in ("observed", "predicted", "training"):
             path = getattr(files, name)
             if path is None:
                 continue
+            progress(f"reading {path}")
             with _opened(path, files, place / name) as (spec, file):
                 if files.normalize and depth is None:
                     depth = median_depth(spec, file)
+                if name == "observed" and not files.normalize:
+                    recorded = target_sum(file)
                 genes = None if not tables else tables[0].var_names
                 tables.append(_spill(spec, file, place / name, genes=genes, depth=depth if files.normalize else None))
-        options: dict[str, Any] = {}
+        options: dict[str, Any] = {"target_sum": recorded} if convention == "perturbray" else {}
         if len(tables) == 3:
             if convention != "perturbray":
                 raise InputError(f"--training is of use to convention perturbray alone, not to {convention}")
-            options = {"training": tables[2], "training_control": files.control}
-        table = evaluate_cells(
+            options |= {"training": tables[2], "training_control": files.control}
+        progress(f"scoring, convention {convention}")
+        table, results = judge(
             tables[0],
             tables[1],
             perturbation_key=files.perturbation_key,
@@ -81,9 +108,19 @@ def evaluate_files(files: Files, *, convention: str = "perturbray", folder: Path
             names=(files.observed, files.predicted),
             **options,
         )
-    if depth is not None:
-        table.attrs["target_depth"] = depth
-    return table
+        if depth is not None:
+            table.attrs["target_depth"] = depth
+        if not calibration:
+            return Judged(table)
+        found = {}
+        if results.prediction is not None:
+            found = anchored(results.prediction, results.comparison, results.metrics, progress=progress)
+        progress("strata and intervals")
+        sizes = sizes_of(results.comparison, recorded)
+        frames = calibrated.frames(
+            table, found, results.metrics, sizes=sizes, macro=CONVENTIONS[convention].mean == "macro"
+        )
+    return Judged(table, *frames)
 
 
 def summarise(table: pd.DataFrame, *, covariate_keys: Sequence[str], convention: str) -> pd.DataFrame:

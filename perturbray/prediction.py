@@ -4,7 +4,7 @@ In a sweep its two sides come apart: a ``Truth`` is observed once for all trials
 ``Predicted`` is what one trial adds to it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -37,6 +37,52 @@ class Pseudobulk:
         return Pseudobulk(mean=mean, cells=cells, linear=linear, variance=variance)
 
 
+class LostCellsError(RuntimeError):
+    """Predicted cells were lost with the process that held them: no fault of the trial, which is to be run again."""
+
+
+@dataclass(frozen=True)
+class LazyCells(Sequence):
+    """Matrices of cells, one a condition, each made or fetched when it is looked at: never all in memory at once."""
+
+    makers: tuple[Callable[[], Any], ...]
+
+    def __len__(self) -> int:
+        return len(self.makers)
+
+    def __getitem__(self, row: int) -> Any:
+        return self.makers[row]()
+
+
+@dataclass(frozen=True)
+class Here:
+    """Cells that stay in this process: what predictions are kept as where nothing else is at hand."""
+
+    cells: np.ndarray
+
+    def __call__(self) -> np.ndarray:
+        return self.cells
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Some rows of cells that are kept elsewhere."""
+
+    cells: Callable[[], np.ndarray]
+    start: int
+    stop: int
+
+    def __call__(self) -> np.ndarray:
+        return self.cells()[self.start : self.stop]
+
+
+def matrices(cells: Sequence[Any], rows: Sequence[int]) -> Sequence[Any]:
+    """The matrices at these row numbers; lazy ones stay lazy."""
+    if isinstance(cells, LazyCells):
+        return LazyCells(tuple(cells.makers[row] for row in rows))
+    return tuple(cells[row] for row in rows)
+
+
 @dataclass(frozen=True, kw_only=True)
 class CellSample:
     """Cells behind a prediction, for metrics of distributions and of differential expression.
@@ -45,9 +91,9 @@ class CellSample:
     seed that does not depend on the model, so that all models are compared with the same observed cells.
     """
 
-    predicted: tuple[Any, ...]  # a matrix a condition
-    observed: tuple[Any, ...]  # a matrix a condition
-    control: tuple[Any, ...]  # a matrix a context: observed control cells
+    predicted: Sequence[Any]  # a matrix a condition
+    observed: Sequence[Any]  # a matrix a condition
+    control: Sequence[Any]  # a matrix a context: observed control cells
     pca_mean: np.ndarray | None = None  # (genes,) of a PCA fitted once on training cells
     pca_loadings: np.ndarray | None = None  # (genes, components)
 
@@ -71,6 +117,7 @@ class Prediction:
     control: Pseudobulk  # (contexts, genes)
     observed_control: Pseudobulk | None = None  # (contexts, genes) subtracted from the truth where not ``control``
     training_mean: np.ndarray | None = None  # (contexts, genes) unweighted mean over a context's training perturbations
+    training_linear: np.ndarray | None = None  # as training_mean, of expm1; where known
     weights: np.ndarray | None = None  # (conditions, genes) gene weights >= 0, from observed cells only
     target_sum: float | None = None  # counts to which each cell was normalised
     cells: CellSample | None = None  # where a metric needs cells
@@ -88,7 +135,10 @@ class Prediction:
             for name, rows in sizes.items():
                 if len(getattr(self.cells, name)) != rows:
                     raise ValueError(f"cells.{name} has {len(getattr(self.cells, name))} matrices, expected {rows}")
-        optional = (("training_mean", len(self.contexts)), ("weights", conditions))
+        optional = (
+            *((name, len(self.contexts)) for name in ("training_mean", "training_linear")),
+            ("weights", conditions),
+        )
         for name, rows in optional:
             part = getattr(self, name)
             if part is not None and part.shape != (rows, genes):
@@ -102,7 +152,7 @@ class Prediction:
         rows = np.flatnonzero(rows) if np.asarray(rows).dtype == bool else np.asarray(rows, dtype=int)
         cells = self.cells
         if cells is not None:
-            sides = {name: tuple(getattr(cells, name)[row] for row in rows) for name in ("predicted", "observed")}
+            sides = {name: matrices(getattr(cells, name), rows) for name in ("predicted", "observed")}
             cells = replace(cells, **sides)
         parts = {name: getattr(self, name)[rows] for name in ("context", "perturbation", "stratum")}
         bulks = {name: getattr(self, name).rows(rows) for name in ("predicted", "observed")}
@@ -132,7 +182,8 @@ class Truth:
     rows: np.ndarray  # (conditions,) int64, codes of the conditions in the dataset
     context: np.ndarray  # (conditions,) int64
     perturbation: np.ndarray  # (conditions,) str
-    observed: Pseudobulk  # (conditions, genes)
+    observed: Pseudobulk  # (conditions, genes), with variances; with linear means where a metric needs them
+    control: Pseudobulk  # (contexts, genes) of the control cells, with linear means and variances
     observed_halves: np.ndarray  # (halvings, 2, conditions, genes) float64; NaN where a half has no cell
     observed_variance: np.ndarray  # (halvings, conditions, genes) float64, unbiased, of the second half
     half_cells: np.ndarray  # (halvings, 2, conditions) int64
@@ -140,7 +191,11 @@ class Truth:
     control_variance: np.ndarray  # (halvings, contexts, genes) float64, unbiased, of the second half
     control_rows: tuple[np.ndarray, ...]  # row numbers of each context's control cells
     control_weights: tuple[np.ndarray, ...]  # (halvings * 2, controls) float64 each: a row averages a half
+    target_sum: float  # counts to which each cell was normalised
+    linear_halves: np.ndarray | None = None  # as observed_halves, of expm1; None unless a metric needs linear means
+    control_linear_halves: np.ndarray | None = None  # as control_halves, of expm1
     observed_sample: tuple[Any, ...] = ()  # CSR, cells of each condition; empty unless a metric needs cells
+    sample_half: tuple[np.ndarray, ...] = ()  # (halvings, cells) int8: the half of each sampled cell of a condition
     control_sample: tuple[Any, ...] = ()  # CSR, control cells of each context
     pca_mean: np.ndarray | None = None  # (genes,) of the PCA fitted on training cells, where a metric needs cells
     pca_loadings: np.ndarray | None = None  # (genes, components)
@@ -161,18 +216,20 @@ class Predicted:
     halves: np.ndarray  # (halvings, 2, conditions, genes) float64, from each half of the control cells
     control_halves: np.ndarray  # (halvings, 2, contexts, genes) float64
     training_mean: np.ndarray  # (contexts, genes) unweighted mean over a context's training perturbations
-    sample: tuple[np.ndarray, ...] = ()  # (cells, genes) float32 of each condition; empty unless a metric needs cells
+    linear: np.ndarray | None = None  # as mean, of expm1; None unless a metric needs linear means
+    linear_halves: np.ndarray | None = None  # as halves, of expm1
+    control_linear_halves: np.ndarray | None = None  # as control_halves, of expm1
+    sample: Sequence[np.ndarray] = ()  # (cells, genes) float32 of each condition; empty unless a metric needs cells
 
 
 def assemble(truth: Truth, predicted: Predicted, stratum: np.ndarray) -> Prediction:
     """Both sides together: the `reference` control source, all control cells on both sides."""
     at = predicted.rows
     cells = None
-    if predicted.sample and truth.observed_sample:
-        observed = tuple(truth.observed_sample[row] for row in at)
+    if len(predicted.sample) and truth.observed_sample:
         cells = CellSample(
             predicted=predicted.sample,
-            observed=observed,
+            observed=matrices(truth.observed_sample, at),
             control=truth.control_sample,
             pca_mean=truth.pca_mean,
             pca_loadings=truth.pca_loadings,
@@ -184,9 +241,10 @@ def assemble(truth: Truth, predicted: Predicted, stratum: np.ndarray) -> Predict
         context=truth.context[at],
         perturbation=truth.perturbation[at],
         stratum=stratum[at],
-        predicted=Pseudobulk(mean=predicted.mean, cells=predicted.cells),
+        predicted=Pseudobulk(mean=predicted.mean, cells=predicted.cells, linear=predicted.linear),
         observed=truth.observed.rows(at),
         control=predicted.control,
         training_mean=predicted.training_mean,
+        target_sum=truth.target_sum,
         cells=cells,
     )

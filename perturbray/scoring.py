@@ -9,15 +9,33 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from perturbray import plugin
-from perturbray.metrics.calibration import interpolate, mean_response
+from perturbray.metrics.calibration import (
+    defined_mean,
+    effect_sizes,
+    interpolate,
+    mean_response,
+    mean_response_cells,
+)
 from perturbray.metrics.effects import EFFECTS
-from perturbray.metrics.metric import Metric, score_prediction, score_split
-from perturbray.prediction import Predicted, Prediction, Pseudobulk, Truth, assemble
+from perturbray.metrics.metric import Metric, evaluated_by, score_prediction, score_split
+from perturbray.prediction import (
+    CellSample,
+    LazyCells,
+    LostCellsError,
+    Predicted,
+    Prediction,
+    Pseudobulk,
+    Truth,
+    assemble,
+    matrices,
+)
 from perturbray.results import table
 
 ANGLES = ("cosine", "pearson", "spearman")  # scores of direction: they see what both sides share with the control
@@ -35,6 +53,7 @@ class Scorable:
     truth: str  # digest of the truth that it is judged against
     predicted: Predicted
     stratum: np.ndarray  # (conditions of the truth,) str
+    baseline: bool = False  # it is the mean response, which has a version for metrics of cells
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +95,8 @@ def score(
         columns = {**item.columns, "controls": source}
         columns |= {"scoring": began, "score_seconds": time.perf_counter() - started, "ended": now()}
         table.write_trial(folder, item.key, columns=columns, rows=rows)
+    except LostCellsError:  # not the trial's fault: without a result and without a record, it is run again
+        raise
     except Exception as error:
         error.add_note(f"while scoring trial {item.key} ({item.name})")
         table.write_failure(folder, item.key, name=item.name, error=error)
@@ -90,18 +111,40 @@ def shares_control(metric: Metric) -> bool:
 def _split(whole: Prediction, predicted: Predicted, *, halving: int, half: int) -> Prediction:
     """The model predicts from one half of the controls and subtracts it; the truth subtracts the other half."""
     counts = whole.control.cells
-    return _with(
-        whole,
-        predicted=predicted.halves[halving, half],
-        control=Pseudobulk(mean=predicted.control_halves[halving, half], cells=counts // 2),
-        observed_control=Pseudobulk(mean=predicted.control_halves[halving, 1 - half], cells=counts // 2),
+    lin, control = predicted.linear_halves, predicted.control_linear_halves
+    own, other = (
+        Pseudobulk(
+            mean=predicted.control_halves[halving, side],
+            linear=None if control is None else control[halving, side],
+            cells=counts // 2,
+        )
+        for side in (half, 1 - half)
+    )
+    bulk = Pseudobulk(
+        mean=predicted.halves[halving, half],
+        linear=None if lin is None else lin[halving, half],
+        cells=whole.predicted.cells,
+    )
+    return replace(whole, cells=None, predicted=bulk, control=own, observed_control=other)
+
+
+def _half(truth: Truth, halving: int, side: int) -> Pseudobulk:
+    """One half of the observed cells of each condition."""
+    lin = truth.linear_halves
+    return Pseudobulk(
+        mean=truth.observed_halves[halving, side],
+        linear=None if lin is None else lin[halving, side],
+        cells=truth.half_cells[halving, side],
     )
 
 
-def _with(whole: Prediction, *, predicted: np.ndarray | None = None, **parts) -> Prediction:
-    if predicted is not None:
-        parts["predicted"] = Pseudobulk(mean=predicted, cells=whole.predicted.cells)
-    return replace(whole, cells=None, **parts)
+def _half_cells(truth: Truth, halving: int, side: int) -> LazyCells:
+    """The sampled cells of each condition that are in one half."""
+
+    def make(row: int) -> Any:
+        return truth.observed_sample[row][np.flatnonzero(truth.sample_half[row][halving] == side)]
+
+    return LazyCells(tuple(partial(make, row) for row in range(len(truth))))
 
 
 def against_half(
@@ -109,17 +152,19 @@ def against_half(
 ) -> np.ndarray:
     """(conditions,) the mean over halvings of the metric against one half of the observed cells.
 
-    The same truth as an anchor's, so that a model, a baseline and a replicate can be put on one scale.
+    The same truth as an anchor's, so that a model, a baseline and a replicate can be put on one scale. Halvings in which
+    the truth leaves the metric undefined are left out.
     """
     found = []
     for halving, memo in enumerate(memos):
         part = _split(whole, predicted, halving=halving, half=1) if shares_control(metric) else whole
-        observed = truth.observed_halves[halving, 0][predicted.rows]
-        cells = truth.half_cells[halving, 0][predicted.rows]
-        part = _with(part, observed=Pseudobulk(mean=observed, cells=cells))
-        values = metric.evaluate(part, memo.setdefault(shares_control(metric), {}))[0]
-        found.append(np.where(cells > 0, values, np.nan))
-    return np.mean(found, axis=0)
+        observed, cells = _half(truth, halving, 0).rows(predicted.rows), None
+        if not isinstance(metric, Metric):
+            cells = replace(whole.cells, observed=matrices(_half_cells(truth, halving, 0), predicted.rows))
+        part = replace(part, observed=observed, cells=cells)
+        values = evaluated_by(metric, part, memo.setdefault(shares_control(metric), {}))[0]
+        found.append(np.where(observed.cells > 0, values, np.nan))
+    return defined_mean(found)
 
 
 def _trial_rows(item: Scorable, truth: Truth, metrics: Sequence[Metric], source: str) -> dict[str, np.ndarray]:
@@ -128,6 +173,7 @@ def _trial_rows(item: Scorable, truth: Truth, metrics: Sequence[Metric], source:
     plain = [metric for metric in metrics if metric not in halved]
     exchanged = (_split(whole, item.predicted, halving=0, half=half) for half in (1, 0))
     tables = [score_prediction(whole, plain)] + ([score_split(*exchanged, halved)] if halved else [])
+    noisy = mean_response_cells(whole) if item.baseline and whole.cells is not None else whole
     memos: list[dict] = [{} for _ in range(len(truth.observed_halves))]
     shape = len(metrics), len(truth)
     values, half = np.full(shape, np.nan), np.full(shape, np.nan)
@@ -137,8 +183,7 @@ def _trial_rows(item: Scorable, truth: Truth, metrics: Sequence[Metric], source:
             chosen = scored["metric"] == metric.name
             if chosen.any():
                 values[number, at], status[number, at] = scored["value"][chosen], scored["status"][chosen]
-        if isinstance(metric, Metric):
-            half[number, at] = against_half(metric, whole, item.predicted, truth, memos)
+        half[number, at] = against_half(metric, noisy, item.predicted, truth, memos)
     rows = _long(truth, item.stratum, metrics)
     rows |= {"value": values.ravel(), "value_half": half.ravel(), "status": status.ravel()}
     rows["n_observed"] = np.tile(truth.observed.cells, len(metrics))
@@ -163,40 +208,62 @@ def _long(truth: Truth, stratum: np.ndarray, metrics: Sequence[Metric]) -> dict[
 
 
 def _anchor_rows(item: Anchor, truth: Truth, metrics: Sequence[Metric]) -> dict[str, np.ndarray]:
-    """The replicate and the interpolated duplicate as predictions of the other half, mean over halvings."""
-    metrics = [metric for metric in metrics if isinstance(metric, Metric)]
-    found = {REPLICATE: np.zeros((len(metrics), len(truth))), INTERPOLATED: np.zeros((len(metrics), len(truth)))}
-    halvings = len(truth.observed_halves)
-    for halving in range(halvings):
+    """The replicate and the interpolated duplicate as predictions of the other half, mean over halvings.
+
+    The duplicate of metrics of cells is the replicate alone. Beside them how much is observed of each condition.
+    """
+    of_means = [metric for metric in metrics if isinstance(metric, Metric)]
+    found: dict[str, list] = {REPLICATE: [], INTERPOLATED: []}
+    for halving in range(len(truth.observed_halves)):
         duplicate = _replicate(truth, item.stratum, halving)
         whole = (truth.half_cells[halving] > 0).all(axis=0)  # a condition of one cell has no replicate
         # The baseline of the other half: it never sees the half that is the truth.
-        baseline = mean_response(_with(duplicate, observed=duplicate.predicted))
+        baseline = mean_response(replace(duplicate, observed=duplicate.predicted, cells=None))
         smooth = interpolate(
             duplicate,
-            baseline.predicted.mean,
+            baseline.predicted,
             variance=truth.observed_variance[halving],
             control_variance=truth.control_variance[halving],
         )
-        for name, prediction in ((REPLICATE, duplicate), (INTERPOLATED, smooth)):
+        for name, prediction, asked in ((REPLICATE, duplicate, metrics), (INTERPOLATED, smooth, of_means)):
             memo: dict = {}
-            for number, metric in enumerate(metrics):
-                values = np.where(whole, metric.evaluate(prediction, memo)[0], np.nan)
-                found[name][number] += values / halvings
-    named = [_long(truth, item.stratum, metrics) | {"value": values.ravel()} for values in found.values()]
-    rows = {column: np.concatenate([part[column] for part in named]) for column in named[0]}
-    length = len(metrics) * len(truth)
-    return rows | {"reference": np.repeat(list(found), length), "seed": np.full(2 * length, item.seed)}
+            scores = [np.where(whole, evaluated_by(metric, prediction, memo)[0], np.nan) for metric in asked]
+            found[name].append(np.reshape(scores, (len(asked), len(truth))))
+    sizes = effect_sizes(
+        truth.observed,
+        truth.control,
+        context=truth.context,
+        perturbation=truth.perturbation,
+        genes=truth.genes,
+        target_sum=truth.target_sum,
+    )
+    parts = []
+    for name, asked in ((REPLICATE, metrics), (INTERPOLATED, of_means)):
+        times = len(asked)
+        rows = _long(truth, item.stratum, asked) | {"value": defined_mean(found[name]).ravel()}
+        rows |= {"de_genes": np.tile(sizes.de_genes, times), "effect_size": np.tile(sizes.effect, times)}
+        length = times * len(truth)
+        parts.append(rows | {"reference": np.full(length, name), "seed": np.full(length, item.seed)})
+    return {column: np.concatenate([part[column] for part in parts]) for column in parts[0]}
 
 
 def _replicate(truth: Truth, stratum: np.ndarray, halving: int) -> Prediction:
     """The second half of the observed cells as the prediction of the first, each with its own half of the controls."""
-    first, second = truth.observed_halves[halving]
-    counts = truth.half_cells[halving]
-    controls = [
-        Pseudobulk(mean=half, cells=np.array([len(rows) // 2 for rows in truth.control_rows]))
-        for half in truth.control_halves[halving]
-    ]
+    lin = truth.control_linear_halves
+    sizes = np.array([len(rows) // 2 for rows in truth.control_rows])
+    first, second = (
+        Pseudobulk(mean=half, linear=None if lin is None else lin[halving, side], cells=sizes)
+        for side, half in enumerate(truth.control_halves[halving])
+    )
+    cells = None
+    if truth.observed_sample:
+        sides = (_half_cells(truth, halving, side) for side in (0, 1))
+        cells = CellSample(
+            **dict(zip(("observed", "predicted"), sides, strict=True)),
+            control=truth.control_sample,
+            pca_mean=truth.pca_mean,
+            pca_loadings=truth.pca_loadings,
+        )
     return Prediction(
         genes=truth.genes,
         covariates=truth.covariates,
@@ -204,8 +271,10 @@ def _replicate(truth: Truth, stratum: np.ndarray, halving: int) -> Prediction:
         context=truth.context,
         perturbation=truth.perturbation,
         stratum=stratum,
-        predicted=Pseudobulk(mean=second, cells=counts[1]),
-        observed=Pseudobulk(mean=first, cells=counts[0]),
-        control=controls[1],
-        observed_control=controls[0],
+        predicted=_half(truth, halving, 1),
+        observed=_half(truth, halving, 0),
+        control=second,
+        observed_control=first,
+        target_sum=truth.target_sum,
+        cells=cells,
     )

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from perturbray.errors import InputError, nearest
+from perturbray.metrics.effects import EFFECTS
 from perturbray.metrics.metric import Metric
 from perturbray.trial import Trial
 
@@ -50,6 +51,11 @@ class Sweep:
     def needs_cells(self) -> bool:
         """Whether a metric looks at cells and not only at means."""
         return any(not isinstance(metric, Metric) for metric in self.metrics)
+
+    @property
+    def needs_linear(self) -> bool:
+        """Whether a metric rests on means of expm1 of expression."""
+        return any(isinstance(metric, Metric) and EFFECTS[metric.effect].linear for metric in self.metrics)
 
     @property
     def judged(self) -> tuple[str, ...]:

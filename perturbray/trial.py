@@ -23,10 +23,10 @@ from perturbray.data.truth import observe
 from perturbray.data.vocabulary import Vocabulary
 from perturbray.errors import InputError, nearest
 from perturbray.models.base import MODELS, Model, ModelSpec
-from perturbray.prediction import Predicted, Prediction, Truth, assemble
+from perturbray.prediction import Here, Predicted, Prediction, Truth, assemble
 from perturbray.randomness import derive
 from perturbray.training.fit import Fit, Report, Training, fit
-from perturbray.training.predict import predict
+from perturbray.training.predict import Keep, predict
 
 WHERE = ("path", "name")  # fields of a dataset that say where it is, not what it is
 
@@ -142,6 +142,7 @@ def run(
     *,
     truth: Truth | None = None,
     sample: int = 0,
+    keep: Keep = Here,
     report: Report | None = None,
     state: dict | None = None,
     windows: "Windows | None" = None,  # noqa: F821  # imports ray
@@ -149,8 +150,8 @@ def run(
     """Split, build, fit, predict: in this process, on a GPU if there is one. Knows nothing of Ray.
 
     The numbers depend on the trial alone: torch's generator is seeded here and given back as it was. ``truth`` is that of
-    the trial's split, where it is at hand; ``sample`` predicted cells of each condition are kept. With ``windows`` the
-    cells of an epoch are streamed (``data.loading.Delivery``), and the numbers are the same.
+    the trial's split, where it is at hand; ``sample`` predicted cells of each condition are kept, by ``keep``.
+    With ``windows`` the cells of an epoch are streamed (``data.loading.Delivery``), and the numbers are the same.
     """
     started = time.perf_counter()
     split = trial.make_split(conditions)
@@ -174,7 +175,7 @@ def run(
         model = trial.model.build(vocabulary).to(device)
         done = fit(model, stream, trial.training, report=report, state=state)
         fitted = time.perf_counter()
-        predicted = predict(model, stream, vocabulary, truth, sample=sample)
+        predicted = predict(model, stream, vocabulary, truth, sample=sample, keep=keep)
     if not len(predicted.rows):
         raise InputError(f"{trial.name}: no test condition is left to predict; the split holds out too little")
     columns = {

@@ -219,6 +219,14 @@ def obs_text(spec: DatasetSpec, file: Group) -> pd.DataFrame:
     return pd.DataFrame(found)
 
 
+def target_sum(file: Group) -> float | None:
+    """Counts to which the cells of a log-normalised file were scaled, where its ``uns["target_sum"]`` says so."""
+    found = file.get("uns/target_sum")
+    if not is_array(found) or found.shape != () or found.dtype.kind not in "iuf":
+        return None
+    return float(found[()])
+
+
 def var_names(file: Group) -> np.ndarray:
     """Gene names, (genes,) str."""
     return _names(file["var"])

@@ -2,6 +2,7 @@
 
 import hashlib
 import itertools
+from collections.abc import Iterator
 
 import numpy as np
 from scipy import sparse
@@ -14,6 +15,8 @@ from perturbray.prediction import Pseudobulk, Truth
 from perturbray.randomness import generator
 
 MAX_CONTROLS = 1000  # control cells of a context from which its conditions are predicted (PerturBench's number)
+CELLS_SEED = 0  # of the cells of a condition that metrics of distributions see, observed and predicted
+CHUNK = 4096  # cells whose expm1 is held at once
 HALVINGS = 5  # times that cells are cut in two halves; the first serves the split control source
 
 
@@ -34,10 +37,21 @@ def control_rows(conditions: Conditions, split: Split, context: int, *, subset: 
     return rows
 
 
-def observe(cells: Cells, conditions: Conditions, split: Split, *, subset: int = TEST, sample: int = 0) -> Truth:
+def observe(
+    cells: Cells,
+    conditions: Conditions,
+    split: Split,
+    *,
+    subset: int = TEST,
+    sample: int = 0,
+    linear: bool = False,
+    target_sum: float | None = None,
+) -> Truth:
     """What is observed of a subset. ``sample``: cells of a condition kept for metrics of distributions; 0 keeps none.
 
-    Raises InputError for a context whose control cells cannot be cut in two.
+    ``linear``: also means of expm1, for effects that need them. ``target_sum``: counts to which cells were normalised, by
+    default the median over the control cells of Σ expm1(X). Raises InputError for a context whose control cells cannot
+    be cut in two.
     """
     rows = np.flatnonzero((split.condition == subset) & ~conditions.is_control)
     position = np.full(len(conditions), -1)
@@ -64,9 +78,8 @@ def observe(cells: Cells, conditions: Conditions, split: Split, *, subset: int =
     control_half = np.stack([_cut(control_code, labels, number) for number in range(HALVINGS)])
     means, counts, variance = _moments(cells, seen, code, half, groups=len(rows))
     control_means, _, control_variance = _moments(cells, flat, control_code, control_half, groups=len(controls))
-    count = np.bincount(code, minlength=len(rows))
-    sums = cells.group_sums(seen, code, groups=len(rows))
     starts = np.cumsum([0] + [len(part) for part in controls])
+    sampled, halves = _sampled(cells, seen, code, condition_labels, half, sample) if sample else ((), ())
     return Truth(
         genes=conditions.genes,
         covariates=conditions.covariates,
@@ -74,7 +87,8 @@ def observe(cells: Cells, conditions: Conditions, split: Split, *, subset: int =
         rows=rows,
         context=conditions.context[rows],
         perturbation=conditions.perturbation[rows],
-        observed=Pseudobulk(mean=sums / np.maximum(count, 1)[:, None], cells=count),
+        observed=_bulk(cells, seen, code, groups=len(rows), linear=linear),
+        control=_bulk(cells, flat, control_code, groups=len(controls), linear=True),
         observed_halves=means,
         observed_variance=variance,
         half_cells=counts,
@@ -82,8 +96,14 @@ def observe(cells: Cells, conditions: Conditions, split: Split, *, subset: int =
         control_variance=control_variance,
         control_rows=tuple(controls),
         control_weights=tuple(_weights(control_half[:, start:stop]) for start, stop in itertools.pairwise(starts)),
-        observed_sample=_sampled(cells, seen, code, condition_labels, sample) if sample else (),
-        control_sample=_sampled(cells, flat, control_code, labels, sample) if sample else (),
+        target_sum=target_sum or _target_sum(cells, flat),
+        linear_halves=_linear_halves(cells, seen, code, half, groups=len(rows)) if linear else None,
+        control_linear_halves=(
+            _linear_halves(cells, flat, control_code, control_half, groups=len(controls)) if linear else None
+        ),
+        observed_sample=sampled,
+        sample_half=halves,
+        control_sample=_sampled(cells, flat, control_code, labels, control_half, sample)[0] if sample else (),
     )
 
 
@@ -121,6 +141,57 @@ def _moments(
     return means, counts, variance
 
 
+def _bulk(cells: Cells, rows: np.ndarray, code: np.ndarray, *, groups: int, linear: bool) -> Pseudobulk:
+    """Means and unbiased variances of groups, and the means of expm1 where asked; NaN variance for fewer than 2 cells."""
+    count = np.bincount(code, minlength=groups)
+    n = np.maximum(count, 1)[:, None]
+    mean = cells.group_sums(rows, code, groups=groups) / n
+    squares = cells.group_sums(rows, code, groups=groups, power=2)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        variance = np.where(n > 1, np.maximum(squares - n * mean**2, 0) / (n - 1), np.nan)
+    lin = _linear_sums(cells, rows, code, groups=groups) / n if linear else None
+    return Pseudobulk(mean=mean, cells=count, variance=variance, linear=lin)
+
+
+def _linear_sums(cells: Cells, rows: np.ndarray, code: np.ndarray, *, groups: int) -> np.ndarray:
+    """(groups, genes) float64 sums of expm1 over rows by code, a bounded number of rows at a time."""
+    sums = np.zeros((groups, cells.genes))
+    for chunk, part in _expm1(cells, rows):
+        member = sparse.csr_matrix(
+            (np.ones(len(chunk)), (code[chunk], np.arange(len(chunk)))), shape=(groups, len(chunk))
+        )
+        sums += (member @ part).toarray()
+    return sums
+
+
+def _linear_halves(cells: Cells, rows: np.ndarray, code: np.ndarray, half: np.ndarray, *, groups: int) -> np.ndarray:
+    """Means of expm1 of both halves of every halving, (halvings, 2, groups, genes)."""
+    total, every = _linear_sums(cells, rows, code, groups=groups), np.bincount(code, minlength=groups)
+    means = np.empty((len(half), 2, groups, cells.genes))
+    for number in range(len(half)):
+        second = half[number] == 1
+        part, count = _linear_sums(cells, rows[second], code[second], groups=groups), np.zeros((2, groups))
+        count[1] = np.bincount(code[second], minlength=groups)
+        count[0] = every - count[1]
+        with np.errstate(invalid="ignore", divide="ignore"):
+            means[number] = np.stack([total - part, part]) / count[:, :, None]
+    return means
+
+
+def _target_sum(cells: Cells, rows: np.ndarray) -> float:
+    """Counts to which cells were normalised: the median over control cells of Σ expm1(X)."""
+    return float(np.median(np.concatenate([np.asarray(part.sum(axis=1)).ravel() for _, part in _expm1(cells, rows)])))
+
+
+def _expm1(cells: Cells, rows: np.ndarray) -> Iterator[tuple[np.ndarray, sparse.csr_matrix]]:
+    """Positions among ``rows`` and expm1 of those cells, CSR float64, a bounded number at a time."""
+    for start in range(0, len(rows), CHUNK):
+        chunk = np.arange(start, min(start + CHUNK, len(rows)))
+        part = cells.select(rows[chunk]).astype(np.float64)
+        part.data = np.expm1(part.data)
+        yield chunk, part
+
+
 def _weights(half: np.ndarray) -> np.ndarray:
     """(halvings * 2, cells): a row for each half that averages its cells."""
     member = np.stack([half == 0, half == 1], axis=1).reshape(2 * len(half), half.shape[1]).astype(np.float64)
@@ -128,13 +199,17 @@ def _weights(half: np.ndarray) -> np.ndarray:
 
 
 def _sampled(
-    cells: Cells, rows: np.ndarray, code: np.ndarray, labels: list[tuple[str, ...]], size: int
-) -> tuple[sparse.csr_matrix, ...]:
-    """At most ``size`` cells of each group, by name and a fixed seed."""
-    found = []
+    cells: Cells, rows: np.ndarray, code: np.ndarray, labels: list[tuple[str, ...]], half: np.ndarray, size: int
+) -> tuple[tuple[sparse.csr_matrix, ...], tuple[np.ndarray, ...]]:
+    """At most ``size`` cells of each group, by name and a fixed seed, and the halves of these cells."""
+    found, halves = [], []
+    order = np.argsort(code, kind="stable")
+    starts = np.searchsorted(code[order], np.arange(len(labels) + 1))
     for group, label in enumerate(labels):
-        members = rows[code == group]
+        members = order[starts[group] : starts[group + 1]]
         if len(members) > size:
-            members = members[np.sort(generator(0, "sample", *label).choice(len(members), size, replace=False))]
-        found.append(cells.select(members))
-    return tuple(found)
+            rng = generator(CELLS_SEED, "sample", *label)
+            members = members[np.sort(rng.choice(len(members), size, replace=False))]
+        found.append(cells.select(rows[members]))
+        halves.append(half[:, members])
+    return tuple(found), tuple(halves)

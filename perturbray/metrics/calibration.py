@@ -4,16 +4,28 @@ An anchor is a prediction that is scored by the same code as a model: the truth'
 change, or nothing but noise. A new one is a function that returns a ``Prediction``.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from perturbray.metrics.cells import Cells, Comparison, moments, pseudobulk, shuffled, signatures
-from perturbray.metrics.expression import benjamini_hochberg, welch
-from perturbray.metrics.metric import Metric
-from perturbray.prediction import Prediction, Pseudobulk
+from perturbray.metrics.cell_metrics import drawn
+from perturbray.metrics.cells import (
+    Cells,
+    Comparison,
+    block_rows,
+    dense,
+    group_sums,
+    pseudobulk,
+    shuffled,
+    signatures,
+)
+from perturbray.metrics.expression import FEWEST_CELLS, GATE, LEVEL, benjamini_hochberg, welch
+from perturbray.metrics.metric import Metric, evaluated_by, targeted
+from perturbray.prediction import LazyCells, Prediction, Pseudobulk
 from perturbray.randomness import generator
 
 SPLITS = 5
@@ -22,9 +34,9 @@ FEWEST = 10  # conditions that an interval or a mean dynamic range rests on
 WEAK_RANGE, WEAK_BETTER = 0.2, 0.8  # a metric below either says little on these data
 
 
-def predicting(prediction: Prediction, mean: np.ndarray) -> Prediction:
+def predicting(prediction: Prediction, mean: np.ndarray, linear: np.ndarray | None = None) -> Prediction:
     """The same question with other predicted means, (conditions, genes)."""
-    bulk = Pseudobulk(mean=mean, cells=prediction.predicted.cells)
+    bulk = Pseudobulk(mean=mean, cells=prediction.predicted.cells, linear=linear)
     return replace(prediction, predicted=bulk, cells=None)
 
 
@@ -49,16 +61,88 @@ def mean_response(prediction: Prediction) -> Prediction:
     Without training means, the unweighted mean over the context's other scored conditions, of other contexts where
     there are none, and the control where there are none at all: never the condition itself.
     """
+    context = prediction.context
     if prediction.training_mean is not None:
-        return predicting(prediction, prediction.training_mean[prediction.context])
-    observed, context = prediction.observed.mean, prediction.context
-    mean = prediction.control.mean[context].copy()
-    for row in range(len(prediction)):
-        others = (np.arange(len(prediction)) != row) & (prediction.perturbation != prediction.perturbation[row])
-        here = others & (context == context[row])
-        if here.any() or others.any():
-            mean[row] = observed[here if here.any() else others].mean(axis=0)
-    return predicting(prediction, mean)
+        known = (prediction.training_mean, prediction.training_linear)
+        return predicting(prediction, *(None if part is None else part[context] for part in known))
+    others = [_others(prediction, row) for row in range(len(prediction))]
+    found = []
+    for name in ("mean", "linear"):
+        observed, control = getattr(prediction.observed, name), getattr(prediction.control, name)
+        if observed is None or control is None:
+            found.append(None)
+            continue
+        rows = [
+            observed[there].mean(axis=0) if there.any() else control[context[row]] for row, there in enumerate(others)
+        ]
+        found.append(np.stack(rows))
+    return predicting(prediction, *found)
+
+
+def _others(prediction: Prediction, row: int) -> np.ndarray:
+    """The conditions that the mean response of a condition is taken over, (conditions,) bool."""
+    apart = prediction.perturbation != prediction.perturbation[row]
+    here = apart & (prediction.context == prediction.context[row])
+    return here if here.any() else apart
+
+
+def shifted(cells: Any, shift: np.ndarray) -> np.ndarray:
+    """Cells moved by a profile, (cells, genes) float32, clamped at 0: a mean with the noise of control cells."""
+    return np.maximum(dense(cells) + shift, 0).astype(np.float32)
+
+
+def mean_response_cells(prediction: Prediction) -> Prediction:
+    """The cell-level mean response: control cells of the context plus its mean effect, as many as were observed."""
+    shift = mean_response(prediction).predicted.mean - prediction.control.mean[prediction.context]
+    sample = prediction.cells
+
+    def make(row: int) -> np.ndarray:
+        size = max(2, sample.observed[row].shape[0])
+        return shifted(
+            drawn(prediction, sample.control[prediction.context[row]], size, "mean response", row), shift[row]
+        )
+
+    cells = LazyCells(tuple(partial(make, row) for row in range(len(prediction))))
+    return replace(prediction, cells=replace(sample, predicted=cells))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """How much is observed of each condition: what strata are made of, (conditions,) each. Never of a prediction."""
+
+    de_genes: np.ndarray  # int64, -1 where it cannot be tested
+    effect: np.ndarray  # float64, unbiased, so that it may be negative
+
+
+def effect_sizes(
+    observed: Pseudobulk,
+    control: Pseudobulk,
+    *,
+    context: np.ndarray,
+    perturbation: np.ndarray,
+    genes: Sequence[str],
+    target_sum: float,
+) -> Sizes:
+    """Differentially expressed genes and the energy distance with squared distances, of condition against control.
+
+    From means and variances over all cells. Genes: Welch's test, Benjamini-Hochberg q < 0.05 over the genes above the
+    gate in control that the condition does not target. Distance: the U statistic 2·(‖m − m₀‖² − Σv/n − Σv₀/n₀).
+    """
+    count, distance = np.full(len(context), -1), np.full(len(context), np.nan)
+    name = np.asarray(genes)
+    for row, code in enumerate(context):
+        sides = [
+            (bulk.mean[at], bulk.variance[at], int(bulk.cells[at])) for bulk, at in ((observed, row), (control, code))
+        ]
+        if min(n for *_, n in sides) < 2:
+            continue
+        (m, v, n), (m0, v0, n0) = sides
+        distance[row] = 2 * (((m - m0) ** 2).sum() - v.sum() / n - v0.sum() / n0)
+        tested = (control.linear[code] > GATE * target_sum) & ~np.isin(name, sorted(targeted([perturbation[row]])))
+        if min(n, n0) >= FEWEST_CELLS:
+            q = benjamini_hochberg(welch(*((m[tested], v[tested], n) for m, v, n in sides))[1])
+            count[row] = int((q < LEVEL).sum())
+    return Sizes(de_genes=count, effect=distance)
 
 
 def additive(prediction: Prediction, singles: Mapping[tuple[int, str], np.ndarray]) -> Prediction:
@@ -78,13 +162,25 @@ def additive(prediction: Prediction, singles: Mapping[tuple[int, str], np.ndarra
     return predicting(kept, mean) if len(rows) else kept
 
 
-def halve(cells: Cells, comparison: Comparison, *, seed: int, split: int) -> tuple[Cells, Cells]:
-    """Two disjoint random halves of every condition and every control; an odd cell is left out of both."""
+def contents(cells: Cells, comparison: Comparison) -> np.ndarray:
+    """``signatures`` of all cells, (cells,), a block of rows at a time."""
+    step = block_rows(cells.X)
+    parts = [signatures(cells.X[start : start + step], comparison.genes) for start in range(0, len(cells.group), step)]
+    return np.concatenate(parts)
+
+
+def halve(
+    cells: Cells, comparison: Comparison, *, seed: int, split: int, content: np.ndarray | None = None
+) -> tuple[Cells, Cells]:
+    """Two disjoint random halves of every condition and every control; an odd cell is left out of both.
+
+    ``content``: ``contents`` of the cells, where they are cut more than once.
+    """
+    content = contents(cells, comparison) if content is None else content
     groups = [np.full(len(cells.group), -1), np.full(len(cells.group), -1)]
     for group in range(cells.groups):
         rows = cells.rows(group)
-        signature = signatures(cells.X[rows], comparison.genes)
-        order = shuffled(signature, seed, "half", split, *comparison.label(group))
+        order = shuffled(content[rows], seed, "half", split, *comparison.label(group))
         half = len(rows) // 2
         groups[0][rows[order[:half]]] = group
         groups[1][rows[order[half : 2 * half]]] = group
@@ -116,20 +212,8 @@ def _between(prediction: Prediction, truth: Pseudobulk, guess: Pseudobulk) -> Pr
     )
 
 
-def interpolated_duplicate(
-    duplicate: Prediction, baseline: Prediction, half: Cells, comparison: Comparison
-) -> Prediction:
-    """``interpolate`` with the variances of the duplicate's half."""
-    variance, control = np.full(duplicate.predicted.mean.shape, np.nan), np.full(duplicate.control.mean.shape, np.nan)
-    for code, rows in comparison.by_context():
-        control[code] = moments(half.of(comparison.control(code)))[1]
-        for row in rows:
-            variance[row] = moments(half.of(row))[1]
-    return interpolate(duplicate, baseline.predicted.mean, variance=variance, control_variance=control)
-
-
 def interpolate(
-    duplicate: Prediction, baseline: np.ndarray, *, variance: np.ndarray, control_variance: np.ndarray
+    duplicate: Prediction, baseline: Pseudobulk, *, variance: np.ndarray, control_variance: np.ndarray
 ) -> Prediction:
     """Gene-wise α·duplicate + (1 − α)·baseline with α = 1 − q, q of the duplicate's half against its control.
 
@@ -142,8 +226,9 @@ def interpolate(
         parts = [(bulk.mean[at], spread, int(bulk.cells[at])) for bulk, at, spread in sides]
         if min(n for *_, n in parts) > 1:
             q[row] = benjamini_hochberg(welch(*parts)[1])
-    mean = (1 - q) * duplicate.predicted.mean + q * baseline
-    return predicting(duplicate, mean)
+    sides = ((getattr(bulk, name) for bulk in (duplicate.predicted, baseline)) for name in ("mean", "linear"))
+    mixed = (None if one is None or other is None else (1 - q) * one + q * other for one, other in sides)
+    return predicting(duplicate, *mixed)
 
 
 def null(prediction: Prediction, comparison: Comparison, *, seed: int = 0) -> Prediction:
@@ -210,29 +295,118 @@ def better_share(positive: np.ndarray, negative: np.ndarray, *, higher_is_better
     return float(((a > b) + 0.5 * (a == b)).mean()) if kept.any() else float("nan")
 
 
+def anchored(
+    prediction: Prediction,
+    comparison: Comparison,
+    metrics: Sequence[Metric],
+    *,
+    seed: int = 0,
+    splits: int = SPLITS,
+    progress: Callable[[str], None] = lambda text: None,
+) -> dict[str, dict[str, np.ndarray]]:
+    """By anchor and metric the values of each condition, (conditions,), mean over splits of the observed cells.
+
+    ``model``, ``no_change``, ``baseline`` (mean response), ``replicate`` and, for metrics of means, ``interpolated`` are
+    all held against the same halves of the truth. The model's effects subtract the control from which it predicted. Reads
+    the observed cells a block at a time. Splits in which the truth leaves a metric undefined are left out.
+    """
+    content = contents(comparison.observed, comparison)
+    found: dict[str, dict[str, list]] = {}
+    for split in range(splits):
+        progress(f"calibration: split {split + 1} of {splits}")
+        parts = halve(comparison.observed, comparison, seed=seed, split=split, content=content)
+        truth, other = _bulks(parts, linear=prediction.predicted.linear is not None)
+        sides = [_half_cells(prediction, side, seed=seed, split=split) for side in (0, 1)]
+        for name, anchor in _sides(prediction, truth, other, *sides):
+            memo: dict = {}
+            for metric in metrics:
+                if name == "interpolated" and not isinstance(metric, Metric):
+                    continue
+                values = evaluated_by(metric, anchor, memo)[0]
+                found.setdefault(name, {}).setdefault(metric.name, []).append(values)
+    return {
+        name: {metric: defined_mean(values) for metric, values in columns.items()} for name, columns in found.items()
+    }
+
+
+def defined_mean(values: Sequence[np.ndarray]) -> np.ndarray:
+    """Mean over the first axis of what is defined, NaN where nothing is."""
+    stack = np.stack(values)
+    here = ~np.isnan(stack)
+    return np.where(here.any(axis=0), np.where(here, stack, 0).sum(axis=0) / np.maximum(here.sum(axis=0), 1), np.nan)
+
+
+def with_variance(cells: Cells, *, linear: bool = True) -> Pseudobulk:
+    """Means and unbiased variances of all groups, a pass over the cells for each moment."""
+    bulk = pseudobulk(cells, linear=linear)
+    n = bulk.cells[:, None]
+    with np.errstate(invalid="ignore", divide="ignore"):
+        squares = group_sums(cells.X, cells.group, cells.groups, np.square)
+        return replace(bulk, variance=np.where(n > 1, np.maximum(squares - n * bulk.mean**2, 0) / (n - 1), np.nan))
+
+
+def _bulks(parts: tuple[Cells, Cells], *, linear: bool) -> list[Pseudobulk]:
+    """Pseudobulks of both halves, in the same passes over the cells."""
+    first, second = parts
+    groups = first.groups
+    code = np.where(first.group >= 0, first.group, np.where(second.group >= 0, groups + second.group, -1))
+    bulk = with_variance(replace(first, group=code, groups=2 * groups), linear=linear)
+    return [bulk.rows(np.arange(groups)), bulk.rows(np.arange(groups, 2 * groups))]
+
+
+def _half_cells(prediction: Prediction, side: int, *, seed: int, split: int) -> LazyCells | None:
+    """One half of the sampled cells of each condition."""
+    if prediction.cells is None:
+        return None
+
+    def make(row: int) -> Any:
+        X = prediction.cells.observed[row]
+        label = (*prediction.contexts[prediction.context[row]], str(prediction.perturbation[row]))
+        order = shuffled(signatures(X, prediction.genes), seed, "half", split, *label)
+        half = len(order) // 2
+        return X[order[side * half : (side + 1) * half]]
+
+    return LazyCells(tuple(partial(make, row) for row in range(len(prediction))))
+
+
+def _sides(
+    prediction: Prediction, truth: Pseudobulk, other: Pseudobulk, half: LazyCells | None, rest: LazyCells | None
+) -> Iterator[tuple[str, Prediction]]:
+    """The model and the anchors against one half of the observed cells, whose rest is ``other``."""
+    replicate = _between(prediction, truth, other)
+    apart = replace(replicate, observed=replicate.predicted)  # the baseline never sees the truth's half
+    baseline = replace(mean_response(apart), observed=replicate.observed)
+    conditions = len(prediction)
+    smooth = interpolate(
+        replicate,
+        baseline.predicted,
+        variance=other.variance[:conditions],
+        control_variance=other.variance[conditions:],
+    )
+    model = replace(replicate, predicted=prediction.predicted, control=prediction.control)
+    if prediction.cells is not None:
+        sample = replace(prediction.cells, observed=half)
+        model = replace(model, cells=sample)
+        replicate = replace(replicate, cells=replace(sample, predicted=rest))
+        moved = mean_response_cells(replace(apart, cells=replace(sample, observed=rest))).cells
+        baseline = replace(baseline, cells=replace(sample, predicted=moved.predicted))
+    yield from (("model", model), ("no_change", no_change(model)), ("baseline", baseline))
+    yield from (("replicate", replicate), ("interpolated", smooth))
+
+
 def calibrate(
     prediction: Prediction, comparison: Comparison, metrics: Sequence[Metric], *, seed: int = 0, splits: int = SPLITS
 ) -> pd.DataFrame:
     """Model, baseline and replicate against the same halves of the truth, a row a metric.
 
     Columns: ``model``, ``baseline`` (mean response), ``replicate`` (means over conditions and splits), ``scaled``,
-    ``status``, ``dynamic_range``, ``better`` and ``weak``, true where the metric says little on these data. The model's
-    effects subtract the control from which it predicted.
+    ``status``, ``dynamic_range``, ``better`` and ``weak``, true where the metric says little on these data.
     """
-    found: dict[str, dict[str, list]] = {m.name: {"u": [], "b": [], "r": [], "positive": []} for m in metrics}
-    for split in range(splits):
-        truth, other = halve(comparison.observed, comparison, seed=seed, split=split)
-        replicate = _between(prediction, pseudobulk(truth), pseudobulk(other))
-        apart = replace(replicate, observed=replicate.predicted)  # the baseline never sees the truth's half
-        baseline = replace(mean_response(apart), observed=replicate.observed)
-        positive = interpolated_duplicate(replicate, baseline, other, comparison)
-        model = replace(replicate, predicted=prediction.predicted, control=prediction.control)
-        for metric in metrics:
-            for key, anchor in (("u", model), ("b", baseline), ("r", replicate), ("positive", positive)):
-                found[metric.name][key].append(metric.evaluate(anchor)[0])
+    found = anchored(prediction, comparison, metrics, seed=seed, splits=splits)
     rows = []
     for metric in metrics:
-        u, b, r, positive = (np.mean(found[metric.name][key], axis=0) for key in ("u", "b", "r", "positive"))
+        u, b, r = (found[name][metric.name] for name in ("model", "baseline", "replicate"))
+        positive = found["interpolated"].get(metric.name, r)
         scaled, status = scaled_score(u, b, r, higher_is_better=metric.higher_is_better)
         share = dynamic_range_fraction(positive, b, best=metric.best)[1]
         better = better_share(positive, b, higher_is_better=metric.higher_is_better)

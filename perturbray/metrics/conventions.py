@@ -14,6 +14,7 @@ import pandas as pd
 
 from perturbray.errors import InputError, nearest
 from perturbray.metrics.cells import Comparison, compare
+from perturbray.prediction import Prediction
 from perturbray.registry import Registry
 
 
@@ -47,6 +48,8 @@ class Results:
 
     comparison: Comparison
     notes: dict[str, Any] = field(default_factory=dict)  # numbers to print beside the table
+    prediction: Prediction | None = None  # what was scored, by a convention of the project's own metrics
+    metrics: tuple[Any, ...] = ()  # the metrics that it was scored by
     _values: dict[str, np.ndarray] = field(default_factory=dict)
     _status: dict[str, np.ndarray] = field(default_factory=dict)
 
@@ -89,17 +92,31 @@ def evaluate(
     perturbation_key: str,
     control: str,
     covariate_keys: Sequence[str] = (),
-    convention: str = "perturbray",
-    delimiter: str = "+",
-    names: tuple[str, str] = ("observed", "predicted"),
     **options: Any,
 ) -> pd.DataFrame:
     """Score predicted against observed cells, both AnnData-like with ``X`` (log1p), ``obs`` and ``var_names``.
 
     Returns one row a condition and metric: a column a covariate, the perturbation column, ``metric``, ``value``,
     ``status`` (why a value is undefined or special, else empty), ``n_obs``, ``n_pred`` and ``convention``. Its ``attrs``
-    hold the convention's version and notes. ``options`` are those of the convention; ``names`` stand in errors.
+    hold the convention's version and notes. ``options`` are those of ``judge`` and of the convention.
     """
+    roles = {"perturbation_key": perturbation_key, "control": control, "covariate_keys": covariate_keys}
+    return judge(observed, predicted, **roles, **options)[0]
+
+
+def judge(
+    observed: Any,
+    predicted: Any,
+    *,
+    perturbation_key: str,
+    control: str,
+    covariate_keys: Sequence[str] = (),
+    convention: str = "perturbray",
+    delimiter: str = "+",
+    names: tuple[str, str] = ("observed", "predicted"),
+    **options: Any,
+) -> tuple[pd.DataFrame, Results]:
+    """The table of ``evaluate``, and what it was made of, for a calibration; ``names`` stand in errors."""
     rule = CONVENTIONS[convention]
     known = list(inspect.signature(rule.function).parameters)[2:]
     if unknown := sorted(set(options) - set(known)):
@@ -118,7 +135,7 @@ def evaluate(
     rule.function(comparison, results, **options)
     table = results.table(convention)
     table.attrs = {"version": rule.version, **results.notes}
-    return table
+    return table, results
 
 
 def aggregate(table: pd.DataFrame, covariate_keys: Sequence[str] = ()) -> pd.DataFrame:

@@ -40,6 +40,7 @@ class Effect:
     function: Callable[[Side], np.ndarray]
     control: bool = False  # the control's noise enters both sides
     centred: bool = False  # an uninformed prediction points nowhere
+    linear: bool = False  # rests on the means of expm1(X)
 
     def __call__(self, side: Side) -> np.ndarray:
         return self.function(side)
@@ -123,7 +124,7 @@ def logfc_logmean(side: Side) -> np.ndarray:
     return _difference(*(np.log2(mean + PSEUDOCOUNT) for mean in means))
 
 
-@effect("logfc", control=True)
+@effect("logfc", control=True, linear=True)
 def logfc(side: Side) -> np.ndarray:
     """log2((l + ε)/(l₀ + ε)) of arithmetic means l of expm1(X), always finite; ε = 1e-6 of the target sum."""
     if side.target_sum is None:

@@ -13,7 +13,7 @@ from perturbray.errors import InputError, nearest
 from perturbray.metrics.effects import EFFECTS
 from perturbray.metrics.ranks import DIRECTIONS, TIES, ranks
 from perturbray.metrics.scores import SCORES
-from perturbray.prediction import Prediction, Pseudobulk
+from perturbray.prediction import LostCellsError, Prediction, Pseudobulk
 from perturbray.randomness import generator
 from perturbray.registry import Registry
 
@@ -120,6 +120,8 @@ class Metric:
         metrics of the same prediction share: effects and distances.
         """
         failed = ~np.isfinite(prediction.predicted.mean).all(axis=1)
+        if EFFECTS[self.effect].linear and prediction.predicted.linear is not None:
+            failed |= ~np.isfinite(prediction.predicted.linear).all(axis=1)  # expm1 of what is no log1p
         if failed.any():  # placeholders: their values are replaced below
             prediction = replace(prediction, predicted=_without(prediction.predicted, failed))
         memo = {} if memo is None else memo
@@ -214,7 +216,7 @@ def _without(bulk: Pseudobulk, failed: np.ndarray) -> Pseudobulk:
 def score_prediction(prediction: Prediction, metrics: Iterable[Metric]) -> dict[str, np.ndarray]:
     """A long table as columns of equal length: ``condition`` (row number), ``metric``, ``value``, ``status``."""
     metrics, memo = list(metrics), {}
-    evaluated = [metric.evaluate(prediction, memo) for metric in metrics]
+    evaluated = [evaluated_by(metric, prediction, memo) for metric in metrics]
     rows = np.arange(len(prediction))
     return {
         "condition": np.tile(rows, len(metrics)),
@@ -222,6 +224,32 @@ def score_prediction(prediction: Prediction, metrics: Iterable[Metric]) -> dict[
         "value": np.concatenate([values for values, _ in evaluated]) if metrics else np.empty(0),
         "status": np.concatenate([status for _, status in evaluated]) if metrics else np.empty(0, dtype=str),
     }
+
+
+def evaluated_by(metric: "Metric | Any", prediction: Prediction, memo: dict) -> tuple[np.ndarray, np.ndarray]:
+    """``metric.evaluate``; an error says which metric it was, and at which condition."""
+    try:
+        return metric.evaluate(prediction, memo)
+    except LostCellsError:
+        raise
+    except Exception as error:
+        kind = InputError if isinstance(error, InputError) else MetricError
+        raise kind(f"metric {metric.name}, {_culprit(metric, prediction)}: {type(error).__name__}: {error}") from error
+
+
+class MetricError(RuntimeError):
+    """A metric raised an error: which, and at which condition."""
+
+
+def _culprit(metric: "Metric | Any", prediction: Prediction) -> str:
+    """The first condition that raises an error on its own, else the number of conditions."""
+    for row in range(len(prediction)):
+        try:
+            metric.evaluate(prediction.rows(np.array([row])))
+        except Exception:
+            names = (*prediction.contexts[prediction.context[row]], str(prediction.perturbation[row]))
+            return f"condition {', '.join(names)}"
+    return f"{len(prediction)} conditions together"
 
 
 def score_split(first: Prediction, second: Prediction, metrics: Iterable[Metric]) -> dict[str, np.ndarray]:

@@ -9,9 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError
+from ray.exceptions import ObjectLostError, RayActorError
+
+from perturbray.prediction import LostCellsError
 
 WAITING = 4  # items that wait in a scorer; a faster trial is held back, so that predictions cannot flood the memory
+WAITING_CELLS = 1  # items with cells, which are heavier by some orders of magnitude
 
 
 @dataclass(frozen=True)
@@ -23,6 +26,24 @@ class Failed:
     text: str  # the traceback, since it does not travel with the exception
 
 
+@dataclass(frozen=True)
+class Kept:
+    """An array in the object store, which moves it to disk where memory is short. Pickles to its reference."""
+
+    reference: ray.ObjectRef
+
+    def __call__(self) -> Any:
+        try:
+            return ray.get(self.reference)
+        except ObjectLostError as error:
+            raise LostCellsError("the scorer that held predicted cells was lost, and the cells with it") from error
+
+
+def keep_here(array: Any) -> Kept:
+    """Into the object store; it is lost with this process."""
+    return Kept(ray.put(array))
+
+
 @ray.remote(max_concurrency=64, max_restarts=-1, max_task_retries=-1)
 class Scorer:
     """Takes items into a bounded queue and works on them one by one in a thread of its own.
@@ -30,11 +51,15 @@ class Scorer:
     Ray starts one again whose process died; what it held is lost, and its trials have no result.
     """
 
-    def __init__(self, work: Callable[..., None], common: bytes) -> None:
+    def __init__(self, work: Callable[..., None], common: bytes, waiting: int) -> None:
         self._work, self._common = work, ray.get(ray.cloudpickle.loads(common))
-        self._items: queue.Queue = queue.Queue(maxsize=WAITING)
+        self._items: queue.Queue = queue.Queue(maxsize=waiting)
         self._failed: list[Failed] = []
         threading.Thread(target=self._run, daemon=True).start()
+
+    def keep(self, array: Any) -> Kept:
+        """Hold a part of an item that is still to come; by the answer it no longer depends on who sent it."""
+        return keep_here(array)
 
     def submit(self, name: str, item: Any) -> None:
         """Return once the item is in the queue; by then it no longer depends on the process that sent it."""
@@ -73,10 +98,13 @@ class Pool:
         return {"actors": self.actors, "_make": None}
 
     @classmethod
-    def start(cls, work: Callable[..., None], *common: ray.ObjectRef, actors: int, cpus: float) -> "Pool":
+    def start(
+        cls, work: Callable[..., None], *common: ray.ObjectRef, actors: int, cpus: float, waiting: int = WAITING
+    ) -> "Pool":
         """Start the actors and wait for them: before the trials, or Tune's placement groups would capture them.
 
         ``work(item, *common)`` is done for each item; ``common`` lies in the object store, once for all actors.
+        ``waiting``: items that an actor takes before it has worked on the first.
         """
         options = {"num_cpus": cpus, "runtime_env": {"env_vars": {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}}}
 
@@ -86,7 +114,7 @@ class Pool:
 
         def make() -> Any:
             # Named for the dashboard; apart from each other, since a name stays taken for a moment after a kill.
-            return Scorer.options(name=f"scorer-{uuid.uuid4().hex[:8]}", **options).remote(work, references)
+            return Scorer.options(name=f"scorer-{uuid.uuid4().hex[:8]}", **options).remote(work, references, waiting)
 
         pool = cls([make() for _ in range(actors)], make)
         ray.get([actor.drain.remote() for actor in pool.actors])
@@ -94,9 +122,16 @@ class Pool:
 
     def submit(self, name: str, item: Any, *, turn: int) -> None:
         """Hand an item over; waits while the scorer's queue is full. Another scorer takes it where one was killed."""
+        self._ask(turn, name, lambda actor: actor.submit.remote(name, item))
+
+    def keep(self, name: str, array: Any, *, turn: int) -> Kept:
+        """Let a scorer hold a part of an item that comes later, so that its maker need not."""
+        return self._ask(turn, name, lambda actor: actor.keep.remote(array))
+
+    def _ask(self, turn: int, name: str, call: Callable[[Any], ray.ObjectRef]) -> Any:
         for i in range(len(self.actors)):
             try:
-                return ray.get(self.actors[(turn + i) % len(self.actors)].submit.remote(name, item))
+                return ray.get(call(self.actors[(turn + i) % len(self.actors)]))
             except RayActorError:
                 continue
         raise NoScorerError(f"no scorer is left to take {name}")

@@ -12,6 +12,7 @@ import numpy as np
 from scipy import sparse
 
 from perturbray.errors import InputError
+from perturbray.metrics.calibration import Sizes, effect_sizes, with_variance
 from perturbray.metrics.cell_metrics import CELL_METRICS, COMPONENTS
 from perturbray.metrics.cells import Cells, Comparison, Matrix, dense, group_sums, pseudobulk, shuffled, signatures
 from perturbray.metrics.conventions import Results, convention
@@ -55,8 +56,9 @@ def perturbray(
     if failed not in ("error", "worst"):
         raise InputError(f"failed is 'error' or 'worst', not {failed!r}")
     own = _own_controls(comparison, controls)
-    mean, space = _training(comparison, training, training_control)
-    prediction = prediction_of(comparison, own=own, target_sum=target_sum, training_mean=mean, cells=cells, space=space)
+    means, space = _training(comparison, training, training_control)
+    prediction = prediction_of(comparison, own=own, target_sum=target_sum, cells=cells, space=space)
+    prediction = replace(prediction, training_mean=means[0], training_linear=means[1])
     prediction = replace(prediction, weights=gene_weights(comparison))
     if noise not in ("none", "control_residual"):
         raise InputError(f"noise is 'none' or 'control_residual', not {noise!r}")
@@ -64,6 +66,7 @@ def perturbray(
         prediction = with_control_noise(prediction)
     metrics = [*METRICS.values(), *MORE, *(CELL_METRICS.values() if cells else ())]
     scored = score_prediction(prediction, metrics)
+    results.prediction, results.metrics = prediction, tuple(metrics)
     for metric in metrics:
         chosen = scored["metric"] == metric.name
         results.add(metric.name, scored["condition"][chosen], scored["value"][chosen], scored["status"][chosen])
@@ -79,6 +82,7 @@ def perturbray(
         },
         "noise": noise,
         "pca_fitted_on": "training cells" if space is not None else "observed cells",
+        "mean_response_from": "training cells" if space is not None else "the other scored conditions",
     }
 
 
@@ -87,7 +91,6 @@ def prediction_of(
     *,
     own: bool = False,
     target_sum: float | None = None,
-    training_mean: np.ndarray | None = None,
     cells: bool = True,
     space: Any = None,
 ) -> Prediction:
@@ -115,7 +118,6 @@ def prediction_of(
         observed=observed.rows(inside),
         control=predicted.rows(controls) if own else control,
         observed_control=control if own else None,
-        training_mean=training_mean,
         target_sum=target_sum or _target_sum(comparison.observed, controls),
         cells=sample,
     )
@@ -181,13 +183,28 @@ def _prints(cells: Cells, group: int) -> set[bytes]:
     }
 
 
-def _training(comparison: Comparison, training: Any, control: str) -> tuple[np.ndarray | None, Any]:
-    """Unweighted means over the training perturbations of each context, and the PCA of the training cells.
+def sizes_of(comparison: Comparison, target_sum: float | None = None) -> Sizes:
+    """How much is observed of each condition, in three passes over the observed cells."""
+    conditions = len(comparison)
+    controls = conditions + np.arange(len(comparison.contexts))
+    bulk = with_variance(comparison.observed)
+    return effect_sizes(
+        bulk.rows(np.arange(conditions)),
+        bulk.rows(controls),
+        context=comparison.context,
+        perturbation=comparison.perturbation,
+        genes=comparison.genes,
+        target_sum=target_sum or _target_sum(comparison.observed, controls),
+    )
+
+
+def _training(comparison: Comparison, training: Any, control: str) -> tuple[tuple, Any]:
+    """Unweighted means over the training perturbations of each context, those of expm1, and the PCA of the training cells.
 
     A context without training perturbations takes the mean over all contexts.
     """
     if training is None:
-        return None, None
+        return (None, None), None
     genes = [str(gene) for gene in training.var_names]
     if sorted(genes) != sorted(comparison.genes):
         raise InputError("training cells: genes differ from the observed ones")
@@ -202,10 +219,12 @@ def _training(comparison: Comparison, training: Any, control: str) -> tuple[np.n
     conditions = sorted(set(labels))
     code = {label: index for index, label in enumerate(conditions)}
     group = np.array([code[label] for label in labels])
-    means = group_sums(X, group, len(conditions)) / np.bincount(group)[:, None]
-    centre = np.full((len(comparison.contexts), len(genes)), np.nan)
+    sums = (group_sums(X, group, len(conditions), transform) for transform in (None, np.expm1))
+    means = [part / np.bincount(group)[:, None] for part in sums]
+    centres = np.full((2, len(comparison.contexts), len(genes)), np.nan)
     perturbed = np.array([label[-1] != control for label in conditions])
     for index, context in enumerate(comparison.contexts):
         rows = perturbed & np.array([label[:-1] == context for label in conditions])
-        centre[index] = means[rows if rows.any() else perturbed].mean(axis=0)
-    return centre, fit_pca(X, COMPONENTS)
+        for centre, part in zip(centres, means, strict=True):
+            centre[index] = part[rows if rows.any() else perturbed].mean(axis=0)
+    return tuple(centres), fit_pca(X, COMPONENTS)

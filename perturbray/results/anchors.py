@@ -18,6 +18,12 @@ REPLICATE, INTERPOLATED = "split_half", "interpolated_duplicate"  # values of th
 FEWEST = 10  # conditions that a dynamic range rests on
 WEAK_RANGE, WEAK_BETTER = 0.2, 0.8  # a metric below either says little on these data
 TERTILES = ("weak", "medium", "strong")
+DE_GENES = ("0", "1-9", "10-99", ">=100")  # differentially expressed genes of a condition, observed
+MEASURES = (
+    "the RMSE between condition and control",
+    "the distance between condition and control: the energy statistic with squared distances, without the bias of few cells",
+)
+SOLVED = 0.9  # of the way from no change to the replicate: a condition that the mean response solves is saturated
 EFFECT = "rmse/average"  # of no_change: the distance of a condition from its control
 
 SCALED = [
@@ -28,12 +34,15 @@ SCALED = [
 ``scaled`` is (u - b)/(r - b), not clipped, or NaN with ``scaled_status``. ``reaches``: u is at least as good as r."""
 BOUNDS = [
     *("metric", NO_CHANGE, MEAN_RESPONSE, REPLICATE, INTERPOLATED),
-    *("dynamic_range", "better", "weak", "calibrated", "conditions"),
+    *("dynamic_range", "better", "weak", "calibrated", "saturated", "conditions"),
 ]
-"""A row a metric, at the lowest level. ``dynamic_range``, ``better``: DRF and BDS of the interpolated duplicate against the
-mean response; ``weak``: either is too low; ``calibrated``: the replicate is surely better than the mean response."""
-EFFECTS = ["tertile", "metric", "series", "mean", "conditions", "low", "high"]
-"""``mean``: of ``value``, macro, at the lowest level. ``low``, ``high``: the least and largest effect in the tertile."""
+"""A row a metric, at the lowest level. ``dynamic_range``, ``better``: DRF and BDS of the interpolated duplicate (the
+replicate where a metric has none) against the mean response; ``weak``: either is too low; ``calibrated``: the replicate is
+surely better than the mean response; ``saturated``: conditions that the mean response solves, as ``Field.saturated``."""
+EFFECTS = ["by", "stratum", "metric", "series", "mean", "conditions", "low", "high"]
+"""Headline values in strata of the conditions: ``by`` tertile of effect, number of differentially expressed genes
+(``de_genes``), or whether the mean response solves them (``saturated``, which depends on the metric). ``mean``: of
+``value``, macro, at the lowest level. ``low``, ``high``: the least and largest effect, or number of genes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +51,8 @@ class Anchors:
 
     scaled: pd.DataFrame  # one row a (metric, level, series)
     bounds: pd.DataFrame  # one row a metric
-    effects: pd.DataFrame  # one row a (tertile, metric, series)
+    effects: pd.DataFrame  # one row a (by, stratum, metric, series)
+    measure: str = MEASURES[0]  # what the effect of a condition is
 
     @classmethod
     def none(cls) -> "Anchors":
@@ -60,17 +70,25 @@ class Anchors:
         if rows.empty:
             return found
         lowest = rows.loc[rows["x"].idxmin() if rows["x"].notna().any() else rows.index[0], "level"]
-        effects = by_effect(rows[rows["level"] == lowest])
-        effects.loc[_among(effects, failed[failed["level"] == lowest], ["metric", "series"]), "mean"] = np.nan
+        at = (rows["level"] == lowest).to_numpy()
         several = "dataset" in rows and len(rows["dataset"].unique()) > 1  # anchors do not say of which they are
-        if anchors is None or anchors.empty or several or "value_half" not in rows:
+        field = None
+        if anchors is not None and len(anchors) and not several and "value_half" in rows:
+            field = _Field.of(rows, anchors, metrics=list(scales))
+        effects = in_strata(rows[at], None if field is None else field.strata(scales, at=at))
+        effects.loc[_among(effects, failed[failed["level"] == lowest], ["metric", "series"]), "mean"] = np.nan
+        if field is None:
             return cls(scaled=found.scaled, bounds=found.bounds, effects=effects)
-        field = _Field.of(rows, anchors, metrics=list(scales))
         scaled = field.scaled(scales)
         lost = _among(scaled, failed, ["metric", "level", "series"])
         scaled.loc[lost, ["half", "scaled"]] = np.nan
         scaled.loc[lost, "scaled_status"], scaled.loc[lost, "reaches"] = "failed_prediction", False
-        return cls(scaled=scaled, bounds=field.bounds(scales, at=(rows["level"] == lowest).to_numpy()), effects=effects)
+        return cls(
+            scaled=scaled,
+            bounds=field.bounds(scales, at=at),
+            effects=effects,
+            measure=MEASURES[int(np.isfinite(field.effect).any())],
+        )
 
 
 _FRAMES = {"scaled": SCALED, "bounds": BOUNDS, "effects": EFFECTS}
@@ -88,6 +106,8 @@ class _Field:
     baseline: np.ndarray  # (rows,) mean response of the same metric, level, seed and condition
     replicate: np.ndarray  # (metrics, conditions)
     interpolated: np.ndarray  # (metrics, conditions)
+    effect: np.ndarray  # (conditions,) observed distance from control, NaN where anchors do not say
+    de_genes: np.ndarray  # (conditions,) observed differentially expressed genes, NaN where they are not tested
 
     @classmethod
     def of(cls, rows: pd.DataFrame, anchors: pd.DataFrame, *, metrics: list[str]) -> "_Field":
@@ -103,6 +123,11 @@ class _Field:
             which = (anchors["reference"] == name).to_numpy() & ~np.isnan(beside)
             at = beside[which].astype(int) * shape[1] + unit[len(rows) :][which]
             planes.append(_mean(at, anchors["value"].to_numpy(float)[which], shape))
+        sizes = []
+        for name in ("effect_size", "de_genes"):
+            size = anchors[name].to_numpy(float) if name in anchors else np.full(len(anchors), np.nan)
+            which = np.isfinite(size) & ((size >= 0) | (name != "de_genes"))
+            sizes.append(_mean(unit[len(rows) :][which], size[which], (len(context),)))
         unit, half = unit[: len(rows)], rows["value_half"].to_numpy(float)
         same = [name for name in ("metric", "level", "split", "split_seed", "ablation", "seed") if name in rows]
         task = rows.groupby(same, observed=True, dropna=False).ngroup().to_numpy()
@@ -118,6 +143,39 @@ class _Field:
             baseline=baseline[task, unit],
             replicate=planes[0],
             interpolated=planes[1],
+            effect=sizes[0],
+            de_genes=sizes[1],
+        )
+
+    def planes(self, *, at: np.ndarray) -> dict[str, np.ndarray]:
+        """Anchors and baselines on halves, each (metrics, conditions); ``at``: the rows of the lowest level, (rows,)."""
+        found = {REPLICATE: self.replicate, INTERPOLATED: self.interpolated}
+        for model in (NO_CHANGE, MEAN_RESPONSE):
+            which = at & (self.rows["model"].astype(str) == model).to_numpy() & ~np.isnan(self.half)
+            place = self.metric[which] * self.replicate.shape[1] + self.unit[which]
+            found[model] = _mean(place, self.half[which], self.replicate.shape)
+        return found
+
+    def saturated(self, scales: Mapping[str, Scale], *, at: np.ndarray) -> np.ndarray:
+        """Whether the mean response solves a condition, (metrics, conditions): 1 or 0, NaN where that cannot be said.
+
+        It does if it goes at least ``SOLVED`` of the way from no change to the replicate, where the replicate is better.
+        """
+        planes = self.planes(at=at)
+        sign = np.array([scale.sign for scale in scales.values()])[:, None]
+        with np.errstate(invalid="ignore"):
+            way = sign * (planes[REPLICATE] - planes[NO_CHANGE])
+            gone = sign * (planes[MEAN_RESPONSE] - planes[NO_CHANGE])
+            return np.where((way > 0) & np.isfinite(gone), gone >= SOLVED * way, np.nan)
+
+    def strata(self, scales: Mapping[str, Scale], *, at: np.ndarray) -> "Strata":
+        """For the rows of the lowest level."""
+        saturated = self.saturated(scales, at=at)
+        return Strata(
+            unit=self.unit[at],
+            effect=self.effect,
+            de_genes=self.de_genes,
+            saturated=dict(zip(scales, saturated, strict=True)),
         )
 
     def scaled(self, scales: Mapping[str, Scale]) -> pd.DataFrame:
@@ -147,12 +205,7 @@ class _Field:
         return frame[frame["scaled_conditions"] > 0].reset_index(drop=True)[SCALED]
 
     def bounds(self, scales: Mapping[str, Scale], *, at: np.ndarray) -> pd.DataFrame:
-        """``at``: the rows of the lowest level, (rows,)."""
-        planes = {REPLICATE: self.replicate, INTERPOLATED: self.interpolated}
-        for model in (NO_CHANGE, MEAN_RESPONSE):
-            which = at & (self.rows["model"].astype(str) == model).to_numpy() & ~np.isnan(self.half)
-            place = self.metric[which] * self.replicate.shape[1] + self.unit[which]
-            planes[model] = _mean(place, self.half[which], self.replicate.shape)
+        planes, saturated = self.planes(at=at), self.saturated(scales, at=at)
         found = []
         for number, (name, scale) in enumerate(scales.items()):
             values = {anchor: plane[number] for anchor, plane in planes.items()}
@@ -165,41 +218,86 @@ class _Field:
             row |= {anchor: np.nan for anchor in values if anchor not in present}
             # Against the mean response as centre, the mean response is no prediction at all, so control stands in.
             negative = values[NO_CHANGE if "delta_mean" in name.split("/") else MEAN_RESPONSE]
-            share = dynamic_range(values[INTERPOLATED], negative, best=np.nan if scale.best is None else scale.best)
-            better = better_share(values[INTERPOLATED], negative, sign=scale.sign)
+            positive = values[INTERPOLATED if INTERPOLATED in present else REPLICATE]
+            share = dynamic_range(positive, negative, best=np.nan if scale.best is None else scale.best)
+            better = better_share(positive, negative, sign=scale.sign)
             gain = scale.sign * (values[REPLICATE] - values[MEAN_RESPONSE])
             found.append(
                 {"metric": name, **row, "dynamic_range": share, "better": better}
                 | {"weak": bool(share < WEAK_RANGE or better < WEAK_BETTER), "conditions": int(kept.sum())}
+                | {"saturated": int(np.nansum(saturated[number]))}
                 | {"calibrated": bool(calibrated(np.where(kept, gain, np.nan)[:, None], weights)[0])}
             )
         return pd.DataFrame(found, columns=BOUNDS)
 
 
-def by_effect(rows: pd.DataFrame) -> pd.DataFrame:
-    """Macro means in thirds of the conditions by effect: the RMSE between condition and control, which no_change has."""
+@dataclass(frozen=True, kw_only=True)
+class Strata:
+    """What conditions are parted by."""
+
+    unit: np.ndarray  # (rows,) condition
+    effect: np.ndarray  # (conditions,)
+    de_genes: np.ndarray  # (conditions,)
+    saturated: Mapping[str, np.ndarray]  # by metric (conditions,): 1, 0 or NaN
+
+
+def in_strata(rows: pd.DataFrame, strata: Strata | None) -> pd.DataFrame:
+    """Macro means in strata of the conditions, by the size of what is observed and by what the mean response solves.
+
+    Without anchors by thirds alone, of the RMSE between condition and control, which no_change has.
+    """
     unit, context, _ = conditions_of(rows)
     value = rows["value"].to_numpy(float)
-    still = (rows["model"].astype(str) == NO_CHANGE).to_numpy() & (rows["metric"] == EFFECT).to_numpy()
-    still &= np.isfinite(value)
-    effect = _mean(unit[still], value[still], (len(context),))
-    if np.isnan(effect).all():
-        return pd.DataFrame(columns=EFFECTS)
-    cuts = np.nanquantile(effect, [1 / 3, 2 / 3])
-    third = np.where(np.isnan(effect), -1, np.searchsorted(cuts, effect, side="right"))
+    if strata is None or np.isnan(strata.effect).all():
+        still = (rows["model"].astype(str) == NO_CHANGE).to_numpy() & (rows["metric"] == EFFECT).to_numpy()
+        still &= np.isfinite(value)
+        size, genes = _mean(unit[still], value[still], (len(context),)), np.full(len(context), np.nan)
+    else:
+        size, genes = (_mean(unit, part[strata.unit], (len(context),)) for part in (strata.effect, strata.de_genes))
     groups = rows.groupby(["metric", "series"], observed=True, sort=True)
     column, frame = groups.ngroup().to_numpy(), groups.size().index.to_frame(index=False)
     kept = ~np.isnan(value)
     values = _mean((unit * len(frame) + column)[kept], value[kept], (len(context), len(frame)))
     parts = []
-    for number, name in enumerate(TERTILES):
-        inside = third == number
-        if inside.any():
-            here = np.where(inside[:, None], values, np.nan)
-            weights = macro_weights(~np.isnan(here), context)
-            part = frame.assign(tertile=name, mean=_weighted(weights, here), conditions=(weights > 0).sum(axis=0))
-            parts.append(part.assign(low=effect[inside].min(), high=effect[inside].max()))
-    return pd.concat(parts, ignore_index=True)[EFFECTS]
+    for by, names, number, of in (
+        ("effect", TERTILES, _third(size), size),
+        (
+            "de_genes",
+            DE_GENES,
+            np.where(np.isnan(genes), -1, np.searchsorted([1, 10, 100], genes, side="right")),
+            genes,
+        ),
+    ):
+        for code, name in enumerate(names):
+            inside = number == code
+            if inside.any():
+                part = _stratum(frame, values, context, inside[:, None], by=by, stratum=name)
+                parts.append(part.assign(low=of[inside].min(), high=of[inside].max()))
+    if strata is not None:
+        solved = {name: _mean(unit, part[strata.unit], (len(context),)) for name, part in strata.saturated.items()}
+        mark = np.stack([solved[name] for name in frame["metric"].astype(str)], axis=1)
+        for code, name in ((1, "saturated"), (0, "not saturated")):
+            if (mark == code).any():
+                part = _stratum(frame, values, context, mark == code, by="saturated", stratum=name)
+                parts.append(part.assign(low=np.nan, high=np.nan))
+    return pd.concat(parts, ignore_index=True)[EFFECTS] if parts else pd.DataFrame(columns=EFFECTS)
+
+
+def _third(size: np.ndarray) -> np.ndarray:
+    """The third of each condition, -1 where its size is not known."""
+    if np.isnan(size).all():
+        return np.full(len(size), -1)
+    cuts = np.nanquantile(size, [1 / 3, 2 / 3])
+    return np.where(np.isnan(size), -1, np.searchsorted(cuts, size, side="right"))
+
+
+def _stratum(
+    frame: pd.DataFrame, values: np.ndarray, context: np.ndarray, inside: np.ndarray, **names: str
+) -> pd.DataFrame:
+    """Macro means of the columns over the conditions inside, (conditions, columns) or (conditions, 1) bool."""
+    here = np.where(inside, values, np.nan)
+    weights = macro_weights(~np.isnan(here), context)
+    return frame.assign(**names, mean=_weighted(weights, here), conditions=(weights > 0).sum(axis=0))
 
 
 def _among(frame: pd.DataFrame, others: pd.DataFrame, names: list[str]) -> np.ndarray:

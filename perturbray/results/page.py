@@ -211,9 +211,12 @@ BODY = """\
 
 {% if effects %}
 <section id="effects"><h2>By size of effect</h2>
-<details><summary>{{ effects.title }}</summary>
-{% for frame in effects.grids %}{{ grid(frame) }}{% endfor %}
-</details></section>
+{% for part in effects %}
+<details><summary>{{ part.title }}</summary>
+{% for frame in part.grids %}{{ grid(frame) }}{% endfor %}
+</details>
+{% endfor %}
+</section>
 {% endif %}
 
 {% if changes %}<section id="changes"><h2>What each model loses</h2>{{ grid(changes) }}</section>{% endif %}
@@ -253,7 +256,7 @@ BODY = """\
 <section id="repeat"><h2>Repeat it</h2>
 {% if command %}<pre tabindex="0"><code>{{ command }}</code></pre>{% endif %}
 <p class="soft">Finished trials are not run again; to run one again, delete its Parquet file. The numbers of this page
-are in summary.csv.</p>
+are in summary.csv, those by size of effect in strata.csv.</p>
 {{ terms(versions) }}
 {% if shared %}<details><summary>What all trials share</summary>{{ terms(shared) }}</details>{% endif %}
 <details><summary>All {{ progress.planned }} trials of the plan</summary>{{ grid(listing) }}</details>

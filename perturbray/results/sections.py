@@ -10,7 +10,6 @@ from perturbray.results.anchors import (
     MEAN_RESPONSE,
     NO_CHANGE,
     REPLICATE,
-    TERTILES,
     WEAK_BETTER,
     WEAK_RANGE,
 )
@@ -106,13 +105,16 @@ def bounds(summary: Summary) -> dict | None:
         scale, digits = summary.scales[row["metric"]], decimals(summary, row["metric"])
         levels = [number(row[name], digits) for name in (NO_CHANGE, MEAN_RESPONSE, REPLICATE, INTERPOLATED)]
         shares = [number(row[name], 2) for name in ("dynamic_range", "better")]
-        rows.append([f"{scale.title} {scale.arrow}, {scale.effect}", *levels, *shares, _warning(row)])
+        saturated = f"{row['saturated']} of {row['conditions']}"
+        rows.append([f"{scale.title} {scale.arrow}, {scale.effect}", *levels, *shares, saturated, _warning(row)])
     count = _span(found["conditions"], "condition") if rows else ""
     return grid(
         rows,
         caption=f"At the lowest level, {count}, against one half of the observed cells, so values differ from those of "
         "the leaderboards. Dynamic range: the share of the way from the mean response to a perfect prediction that the "
-        "interpolated duplicate covers. Better: the share of conditions in which it beats the mean response (chance 0.5). "
+        "interpolated duplicate (the replicate, where a metric of cells has none) covers. Better: the share of conditions "
+        "in which it beats the mean response (chance 0.5). Saturated: conditions that the mean response solves, at least 0.9 "
+        "of the way from no change to the replicate. "
         f"Below {WEAK_RANGE} or {WEAK_BETTER} a metric is marked: it says little on these data.",
         columns=[
             "metric",
@@ -122,9 +124,10 @@ def bounds(summary: Summary) -> dict | None:
             "interpolated",
             "dynamic range",
             "better",
+            "saturated",
             "note",
         ],
-        align=["", *["n"] * 6, ""],
+        align=["", *["n"] * 7, ""],
     )
 
 
@@ -171,33 +174,43 @@ def controls(facts: Mapping) -> str:
     )
 
 
-def effects(summary: Summary) -> dict | None:
-    """Headline means in thirds of the conditions by effect."""
+def effects(summary: Summary) -> list[dict]:
+    """Headline means in strata of the conditions: a title and tables for each way to part them."""
     found = summary.anchors.effects
     metrics = [name for name in summary.headline if name in set(found["metric"])]
-    if not metrics:
-        return None
-    scales, grids = [summary.scales[name] for name in metrics], []
-    digits = {name: decimals(summary, name) for name in metrics}
-    for tertile in TERTILES:
-        part = found[found["tertile"] == tertile]
-        if part.empty:
-            continue
-        means = {(row.series, row.metric): row.mean for row in part.itertuples()}
-        low, high = (number(part[name].iloc[0], 3) for name in ("low", "high"))
-        rows = [
-            [name, *[number(means.get((name, metric), np.nan), digits[metric]) for metric in metrics]]
-            for name in summary.order(summary.levels["level"].iloc[0])
-        ]
-        caption = (
-            f"{tertile.capitalize()} effects: {_span(part['conditions'], 'condition')}, {low} to {high} from control"
-        )
-        grids.append(grid(rows, caption=caption, columns=["model", *_heads(scales)], align="n"))
-    title = (
-        f"Means at {level_name(summary, summary.levels['level'].iloc[0])} in thirds of the conditions by the RMSE between "
-        "condition and control"
-    )
-    return {"title": title, "grids": grids}
+    at = level_name(summary, summary.levels["level"].iloc[0]) if metrics else ""
+    titles = {
+        "effect": f"Thirds of the conditions at {at}, by {summary.anchors.measure}",
+        "de_genes": f"By the number of genes that respond at {at}: Welch's test of the observed cells against control, "
+        "Benjamini-Hochberg q < 0.05",
+        "saturated": f"By what the mean response already solves at {at}",
+    }
+    views = []
+    for by, title in titles.items():
+        part = found[(found["by"] == by) & found["metric"].isin(metrics)]
+        grids = [_stratum(summary, rows, metrics, by, stratum) for stratum, rows in part.groupby("stratum", sort=False)]
+        views += [{"title": title, "grids": grids}] if grids else []
+    return views
+
+
+def _stratum(summary: Summary, part: pd.DataFrame, metrics: list[str], by: str, stratum: str) -> dict:
+    means = {(row.series, row.metric): row.mean for row in part.itertuples()}
+    rows = [
+        [name, *[number(means.get((name, metric), np.nan), decimals(summary, metric)) for metric in metrics]]
+        for name in summary.order(summary.levels["level"].iloc[0])
+    ]
+    low, high = (number(part[name].iloc[0], 3) for name in ("low", "high"))
+    count = _span(part["conditions"], "condition")
+    saturated = "the mean response goes at least 0.9 of the way from no change to the replicate"
+    captions = {
+        "effect": f"{stratum.capitalize()} effects: {count}, {low} to {high} from control",
+        "de_genes": f"{stratum.replace('-', ' to ').replace('>=', '≥ ')} genes: {count}",
+        "saturated": f"{stratum.capitalize()}: {count} by metric, in which {saturated}"
+        if stratum == "saturated"
+        else f"{stratum.capitalize()}: {count} by metric, in which there is more to find",
+    }
+    columns = ["model", *_heads([summary.scales[name] for name in metrics])]
+    return grid(rows, caption=captions[by], columns=columns, align="n")
 
 
 def _change(summary: Summary, row: Mapping) -> str:

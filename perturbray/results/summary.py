@@ -79,12 +79,14 @@ class Summary:
         return list(at.assign(score=score).sort_values(["baseline", "score", "series"])["series"])
 
     def write(self, path: Path) -> None:
-        """Means, differences and scaled scores as one CSV."""
+        """Means, differences and scaled scores as one CSV; beside it ``strata.csv``, means by size of effect."""
         joined = self.means.merge(self.differences, on=["stratum", "metric", "level", "series"], how="left")
         if len(self.anchors.scaled):
             known = self.anchors.scaled.assign(stratum=COMMON)
             joined = joined.merge(known, on=["stratum", "metric", "level", "series"], how="left")
         replace_file(path, lambda target: joined.to_csv(target, index=False))
+        strata = self.anchors.effects
+        replace_file(path.with_name("strata.csv"), lambda target: strata.to_csv(target, index=False))
 
 
 def summarise(
@@ -272,12 +274,12 @@ def _differences(
     found = means.loc[left, ["metric", "level", "series"]].reset_index(drop=True)
     found["reference"] = means.loc[right, "series"].to_numpy()
     found = pd.concat([found, cube.differences(left, right)], axis=1)
-    found["verdict"] = _verdicts(found["difference_low"], found["difference_high"], sign=sign.loc[left].to_numpy())
+    found["verdict"] = verdicts(found["difference_low"], found["difference_high"], sign=sign.loc[left].to_numpy())
     places = pd.DataFrame(places, columns=["row", "place", "tied"]).set_index("row")
     return found, means[["metric", "level", "series"]].join(places)
 
 
-def _verdicts(low: pd.Series, high: pd.Series, *, sign: np.ndarray) -> np.ndarray:
+def verdicts(low: pd.Series, high: pd.Series, *, sign: np.ndarray) -> np.ndarray:
     """better or worse where the interval excludes 0, tie where it does not, "" where there is no interval."""
     above, below = (low > 0).to_numpy(), (high < 0).to_numpy()
     good, bad = np.where(sign > 0, above, below), np.where(sign > 0, below, above)
@@ -317,7 +319,7 @@ def _changes(cube: Cube, *, levels: pd.DataFrame, scales: Mapping[str, Scale]) -
         from_level=lowest,
         to_level=highest,
         **found,
-        verdict=_verdicts(found["low"], found["high"], sign=sign.to_numpy()),
+        verdict=verdicts(found["low"], found["high"], sign=sign.to_numpy()),
         seeds=pairs[["seeds", "seeds_end"]].min(axis=1).astype(int),
     )
 

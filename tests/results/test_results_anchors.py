@@ -155,7 +155,8 @@ def test_thirds_are_cut_by_the_distance_of_the_truth_from_control():
     found = summary_of(pd.concat(rows, ignore_index=True), None).anchors
     assert found.scaled.empty
     assert found.bounds.empty
-    means = found.effects.set_index(["tertile", "metric", "series"])
+    assert set(found.effects["by"]) == {"effect"}
+    means = found.effects.set_index(["stratum", "metric", "series"])
     assert (found.effects["conditions"] == 10).all()
     ordered = np.sort(effect).reshape(3, 10)
     for third, values in zip(anchors.TERTILES, ordered, strict=True):
@@ -163,6 +164,54 @@ def test_thirds_are_cut_by_the_distance_of_the_truth_from_control():
         assert means.loc[(third, RMSE, "no_change"), ["low", "high"]].to_list() == [values[0], values[-1]]
     assert means.loc[("weak", COSINE, "model"), "mean"] == pytest.approx(-1)
     assert means.loc[("strong", COSINE, "model"), "mean"] == pytest.approx(1)
+
+
+def test_strata_are_cut_by_what_anchors_say_of_the_observed_cells():
+    rng = np.random.default_rng(3)
+    effect, genes = rng.permutation(np.linspace(-0.1, 9, 30)), np.repeat([0, 5, 50, 500, -1], 6)
+    u, b, r, positive = drawn(30)
+    rows = long({"no_change": b - 0.1, "perturbed_mean": b, "model": u})
+    found = beside({"split_half": r, "interpolated_duplicate": positive})
+    at = found["condition"].to_numpy()
+    means = summary_of(rows, found.assign(effect_size=effect[at], de_genes=genes[at])).anchors.effects
+    model = means[(means["series"] == "model")].set_index(["by", "stratum"])
+    for name, number in zip(anchors.DE_GENES, (0, 5, 50, 500), strict=True):
+        row = model.loc[("de_genes", name)]
+        assert row["mean"] == pytest.approx(u[genes == number].mean())
+        assert (row["conditions"], row["low"], row["high"]) == (6, number, number)
+    strong = np.argsort(effect)[20:]
+    assert model.loc[("effect", "strong"), "mean"] == pytest.approx(u[strong].mean())
+    assert model.loc[("effect", "strong"), "low"] == pytest.approx(effect[strong].min())
+
+
+@pytest.mark.parametrize("metric", [COSINE, RMSE])
+def test_a_condition_that_the_mean_response_solves_is_saturated(metric):
+    share = np.array([0.0, 0.5, 0.89, 0.91, 1.0, 1.5] * 5)
+    c, r = (
+        np.full(30, 0.1),
+        np.r_[np.full(24, 0.8), np.full(6, 0.05)],
+    )  # the last replicates are no better than no change
+    b, u = c + share * (0.8 - 0.1), np.arange(30.0) / 30
+    values = {"no_change": c, "perturbed_mean": b, "model": u}
+    if metric == RMSE:
+        values, r = {name: 1 - value for name, value in values.items()}, 1 - r
+    found = summary_of(long(values, metric=metric), beside({"split_half": r}, metric=metric)).anchors
+    solved = (share > 0.9) & (np.arange(30) < 24)
+    assert found.bounds["saturated"].item() == solved.sum() == 12
+    means = found.effects[(found.effects["by"] == "saturated") & (found.effects["series"] == "model")]
+    means = means.set_index("stratum")
+    rest = ~solved & (np.arange(30) < 24)
+    for name, inside in (("saturated", solved), ("not saturated", rest)):
+        assert means.loc[name, "conditions"] == inside.sum()
+        assert means.loc[name, "mean"] == pytest.approx(values["model"][inside].mean())
+
+
+def test_without_an_interpolated_duplicate_the_replicate_is_the_positive_control():
+    u, b, r, _ = drawn()
+    bounds = summary_of(long({"perturbed_mean": b, "model": u}), beside({"split_half": r})).anchors.bounds.iloc[0]
+    assert bounds["dynamic_range"] == pytest.approx(calibration.dynamic_range_fraction(r, b, best=1.0)[1])
+    assert np.isnan(bounds["interpolated_duplicate"])
+    assert bounds["calibrated"]
 
 
 def test_the_order_of_rows_does_not_matter():
