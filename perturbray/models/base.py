@@ -24,6 +24,10 @@ class ModelSpec(ABC):
     def build(self, vocabulary: Vocabulary) -> "Model":
         """A fresh network, its weights drawn from torch's generator."""
 
+    def content(self) -> dict[str, str]:
+        """For a field that names a file the digest of what it holds, which goes into a trial's key in its place."""
+        return {}
+
 
 class Model(nn.Module, ABC):
     """Predicts the cells of a condition from control cells of its context."""
@@ -32,6 +36,8 @@ class Model(nn.Module, ABC):
         super().__init__()
         self.register_buffer("multi_hot", torch.from_numpy(vocabulary.multi_hot), persistent=False)
         self.register_buffer("one_hot", torch.from_numpy(vocabulary.one_hot), persistent=False)
+        # (conditions,) bool: those that the model can predict; of the others a table says that they are unseen.
+        self.known = vocabulary.known
 
     @abstractmethod
     def predict(self, batch: Batch) -> Tensor:
@@ -39,6 +45,10 @@ class Model(nn.Module, ABC):
 
         Must not read ``batch.expression``. Values below 0 are allowed; what they are averaged or handed to clips them.
         """
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """Take the state of a fitted model whose vocabulary holds the first of this one's conditions."""
+        self.load_state_dict(state)
 
     def perturbation(self, batch: Batch) -> Tensor:
         """(cells, perturbations) multi-hot of the singles of each cell's condition."""

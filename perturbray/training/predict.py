@@ -15,14 +15,14 @@ from perturbray.randomness import generator
 
 @torch.no_grad()
 def predict(model: Model, stream: BatchStream, vocabulary: Vocabulary, truth: Truth, *, sample: int = 0) -> Predicted:
-    """Predict the conditions of a truth whose perturbation training has shown; the others are left out.
+    """Predict the conditions of a truth that the model knows how to predict; the others are left out.
 
     A context's control cells serve all its conditions, and are the control that a metric subtracts. A model predicts cell
     by cell, so the mean over half of the cells is its prediction from that half. ``sample``: predicted cells that are
     kept of each condition, for metrics of distributions; 0 keeps none.
     """
     model.eval()
-    positions = np.flatnonzero(vocabulary.known[truth.rows])
+    positions = np.flatnonzero(model.known[truth.rows])
     genes, contexts = len(truth.genes), len(truth.contexts)
     shape = truth.control_halves.shape[:2]
     mean, halves = np.zeros((len(positions), genes)), np.zeros((*shape, len(positions), genes))
