@@ -16,6 +16,7 @@ CHAINS = (
     ("errors", "prediction", "metrics", "sweep"),
     ("errors", "results", "engine"),
     ("errors", "synthetic", "engine"),
+    ("errors", "space", "models"),
     ("cluster", "engine"),
 )
 STRANGERS = {  # beside the chains: what a part must not know at all

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from perturbray.data.batches import Batch, Mode
 from perturbray.data.vocabulary import Vocabulary
 from perturbray.registry import Registry
+from perturbray.space import Space
 
 MODELS: Registry = Registry("model")
 
@@ -23,6 +24,20 @@ class ModelSpec(ABC):
     @abstractmethod
     def build(self, vocabulary: Vocabulary) -> "Model":
         """A fresh network, its weights drawn from torch's generator."""
+
+    @classmethod
+    def published(cls, dataset: str, *, release: str = "2025", variant: str = "") -> "Published":  # noqa: F821
+        """The best published configuration on a dataset, e.g. ``LatentAdditive.published("srivatsan20")``."""
+        from perturbray.models.published import published  # which knows the models
+
+        return published(cls, dataset, release=release, variant=variant)
+
+    @classmethod
+    def space(cls, kind: str = "small") -> Space:
+        """The search space by dotted path: ``small``, for a laptop, or ``published``."""
+        from perturbray.models.published import space
+
+        return space(cls, kind)
 
     def content(self) -> dict[str, str]:
         """For a field that names a file the digest of what it holds, which goes into a trial's key in its place."""
