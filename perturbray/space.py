@@ -75,7 +75,7 @@ class QUniform(Uniform):
     def __post_init__(self) -> None:
         super().__post_init__()
         steps = (self.high - self.low) / self.q if self.q > 0 else math.nan
-        if not abs(steps - round(steps)) < 1e-9:
+        if not math.isfinite(steps) or abs(steps - round(steps)) > 1e-9:
             raise InputError(f"{self}: q must be above 0 and fit between low and high a whole number of times")
 
     @property
