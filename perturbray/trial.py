@@ -58,7 +58,7 @@ class Trial:
         table["dataset"]["content"] = fingerprint
         for part, registry in (("model", MODELS), ("split", SPLITS), ("ablation", ABLATIONS)):
             spec = getattr(self, part)
-            table[part] = None if spec is None else {"": registry.name_of(spec), **_fields(spec)}
+            table[part] = None if spec is None else {"": registry.name_of(spec), **_fields(spec), **_content(spec)}
         table |= {"training": _fields(self.training), "seed": self.seed, "judged": list(judged)}
         text = json.dumps(_canonical(table), sort_keys=True, default=str)
         return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
@@ -197,6 +197,11 @@ def run(
 
 def _fields(spec: Any) -> dict[str, Any]:
     return {f.name: getattr(spec, f.name) for f in dataclasses.fields(spec)}
+
+
+def _content(spec: Any) -> dict[str, str]:
+    """What the files hold that a spec names; a plugin's spec need not say."""
+    return spec.content() if hasattr(spec, "content") else {}
 
 
 def _canonical(value: Any) -> Any:

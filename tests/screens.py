@@ -1,5 +1,6 @@
 """Small screens for tests: from a list of cells to a file, its conditions, its rows and batches of them."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -16,10 +17,11 @@ from scipy import sparse
 from perturbray.data import matrix
 from perturbray.data.batches import BatchStream, Cells
 from perturbray.data.dataset import Conditions, DatasetSpec, open_screen
-from perturbray.data.splits import TEST, CovariateTransfer, Split
+from perturbray.data.splits import TEST, CovariateTransfer, Split, SplitSpec
 from perturbray.data.truth import observe
 from perturbray.data.vocabulary import Vocabulary
-from perturbray.models.base import Model, ModelSpec
+from perturbray.models.base import MODELS, Model, ModelSpec
+from perturbray.models.label_vectors import LabelVectors
 from perturbray.prediction import assemble
 from perturbray.training.fit import Training, fit
 from perturbray.training.predict import predict
@@ -130,7 +132,7 @@ class Lab:
         return model
 
 
-def lab_of(spec: DatasetSpec, *, blocks: int = 1, task: CovariateTransfer | None = None, seed: int = 0) -> Lab:
+def lab_of(spec: DatasetSpec, *, blocks: int = 1, task: SplitSpec | None = None, seed: int = 0) -> Lab:
     conditions = spec.conditions()
     cells = in_blocks(rows_of(spec, conditions), blocks)
     return Lab(conditions=conditions, cells=cells, split=(task or CovariateTransfer()).split(conditions), seed=seed)
@@ -140,29 +142,51 @@ def noise_free(
     *,
     contexts: int = 3,
     perturbations: int = 8,
+    pairs: Sequence[tuple[int, int]] = (),
     genes: int = 20,
     cells: int = 6,
     controls: int = 12,
     specific: float = 0.0,
     seed: int = 0,
-    task: CovariateTransfer | None = None,
+    task: SplitSpec | None = None,
 ) -> tuple[Lab, np.ndarray]:
     """Cells without noise, and the mean of every condition (conditions, genes).
 
-    The effect of a perturbation is the same in every context but for a part of size ``specific``; no value is below 0.
+    The effect of a perturbation is the same in every context but for a part of size ``specific``; that of each of
+    ``pairs`` of perturbations is the sum of theirs. Values are multiples of 1/256, so that sums of them are exact; none is
+    below 0.
     """
     rng = np.random.default_rng(seed)
     design = rectangle(contexts, perturbations, cells=cells, controls=controls)
+    combined = [f"drug_{first:03d}+drug_{second:03d}" for first, second in pairs]
+    design += [(context, label) for context in dict(design) for label in combined for _ in range(cells)]
     conditions = conditions_of([design[i] for i in rng.permutation(len(design))])
-    label = np.unique(conditions.perturbation, return_inverse=True)[1]
-    control = rng.uniform(2, 3, (contexts, genes))
-    effect = rng.uniform(-0.8, 0.8, (label.max() + 1, genes))[label]
-    effect = effect + specific * rng.uniform(-0.8, 0.8, effect.shape)
-    means = (control[conditions.context] + np.where(conditions.is_control[:, None], 0, effect)).astype(np.float32)
+    names = sorted({single for singles in conditions.singles for single in singles})
+    member = np.array([[name in singles for name in names] for singles in conditions.singles], dtype=float)
+    control = _rounded(rng.uniform(2, 3, (contexts, genes)))
+    effect = _rounded(rng.uniform(-0.8, 0.8, (contexts, len(names), genes)))
+    effect = effect[:1] + _rounded(specific * effect)
+    means = control[conditions.context] + np.einsum("cn,cng->cg", member, effect[conditions.context])
+    means = means.astype(np.float32)
     rows = sparse.csr_matrix(means[conditions.cell_condition])
     split = (task or CovariateTransfer()).split(conditions)
     conditions = replace(conditions, genes=tuple(f"gene_{i}" for i in range(genes)))
     return Lab(conditions=conditions, cells=Cells([rows]), split=split, seed=seed), means
+
+
+def _rounded(values: np.ndarray) -> np.ndarray:
+    return np.round(values * 256) / 256
+
+
+def default_spec(name: str) -> ModelSpec:
+    """A registered model as it comes; one that needs vectors of perturbations gets random ones of every name in use."""
+    if not issubclass(MODELS[name], LabelVectors):
+        return MODELS[name]()
+    path = Path(os.environ["PERTURBRAY_CACHE"]) / "vectors.csv"
+    if not path.exists():
+        values = np.random.default_rng(0).standard_normal((200, 48))
+        pd.DataFrame(values, index=[f"drug_{i:03d}" for i in range(200)]).to_csv(path)
+    return MODELS[name](vectors=str(path))
 
 
 def predicted(model: Model, stream: BatchStream, vocabulary: Vocabulary, *, subset: int = TEST):

@@ -12,10 +12,11 @@ PACKAGE = "perturbray"
 
 # What stands later in a chain may import what stands earlier, never the other way round.
 CHAINS = (
-    ("errors", "registry", "data", "models", "training", "trial", "sweep", "engine", "cli"),
+    ("errors", "registry", "data", "embeddings", "models", "training", "trial", "sweep", "engine", "cli"),
     ("errors", "prediction", "metrics", "sweep"),
     ("errors", "results", "engine"),
     ("errors", "synthetic", "engine"),
+    ("errors", "space", "models"),
     ("cluster", "engine"),
 )
 STRANGERS = {  # beside the chains: what a part must not know at all

@@ -274,7 +274,7 @@ def screen(small_screen):
 
 def trial_of(screen, name: str, **fields) -> Trial:
     training = Training(epochs=2, batch_size=128)
-    return Trial(**{"dataset": screen.spec, "model": MODELS[name](), "training": training, **fields})
+    return Trial(**{"dataset": screen.spec, "model": screens.default_spec(name), "training": training, **fields})
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -21,6 +21,7 @@ class Vocabulary:
     is_control: np.ndarray  # (conditions,) bool
     is_train: np.ndarray  # (conditions,) bool, perturbed conditions that are trained on
     known: np.ndarray  # (conditions,) bool: every single perturbation and every covariate level is in training
+    singles: tuple[tuple[str, ...], ...] = ()  # (conditions,) names, those that training never shows among them
 
     @classmethod
     def of(cls, conditions: Conditions, split: Split) -> "Vocabulary":
@@ -55,4 +56,5 @@ class Vocabulary:
             is_control=conditions.is_control,
             is_train=train,
             known=known,
+            singles=conditions.singles,
         )

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from perturbray.data.batches import Batch, Mode, Unit
 from perturbray.data.vocabulary import Vocabulary
 from perturbray.registry import Registry
+from perturbray.space import Space
 
 MODELS: Registry = Registry("model")
 
@@ -27,6 +28,24 @@ class ModelSpec(ABC):
     def build(self, vocabulary: Vocabulary) -> "Model":
         """A fresh network, its weights drawn from torch's generator."""
 
+    @classmethod
+    def published(cls, dataset: str, *, release: str = "2025", variant: str = "") -> "Published":  # noqa: F821
+        """The best published configuration on a dataset, e.g. ``LatentAdditive.published("srivatsan20")``."""
+        from perturbray.models.published import published  # which knows the models
+
+        return published(cls, dataset, release=release, variant=variant)
+
+    @classmethod
+    def space(cls, kind: str = "small") -> Space:
+        """The search space by dotted path: ``small``, for a laptop, or ``published``."""
+        from perturbray.models.published import space
+
+        return space(cls, kind)
+
+    def content(self) -> dict[str, str]:
+        """For a field that names a file the digest of what it holds, which goes into a trial's key in its place."""
+        return {}
+
 
 class Model(nn.Module, ABC):
     """Predicts the cells of a condition from control cells of its context."""
@@ -35,6 +54,8 @@ class Model(nn.Module, ABC):
         super().__init__()
         self.register_buffer("multi_hot", torch.from_numpy(vocabulary.multi_hot), persistent=False)
         self.register_buffer("one_hot", torch.from_numpy(vocabulary.one_hot), persistent=False)
+        # (conditions,) bool: those that the model can predict; of the others a table says that they are unseen.
+        self.known = vocabulary.known
 
     @abstractmethod
     def predict(self, batch: Batch) -> Tensor:
@@ -42,6 +63,10 @@ class Model(nn.Module, ABC):
 
         Must not read ``batch.expression``. Values below 0 are allowed; what they are averaged or handed to clips them.
         """
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """Take the state of a fitted model whose vocabulary holds the first of this one's conditions."""
+        self.load_state_dict(state)
 
     def perturbation(self, batch: Batch) -> Tensor:
         """(cells, perturbations) multi-hot of the singles of each cell's condition."""

@@ -1,6 +1,11 @@
-"""Baselines: what a model must beat. Means of training conditions, each condition with equal weight, and no gradient."""
+"""Baselines: what a model must beat. Means of training conditions, each condition with equal weight, and no gradient.
+
+``ConditionMeans`` is what all of them share, also those of other modules: a new one says in ``profiles`` what it makes
+of the means.
+"""
 
 from abc import abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -9,7 +14,10 @@ from torch import Tensor
 
 from perturbray.data.batches import Batch, Mode
 from perturbray.data.vocabulary import Vocabulary
+from perturbray.errors import InputError, nearest
 from perturbray.models.base import MODELS, Model, ModelSpec, StreamingModel
+
+MISSING = ("transfer", "zero", "error")
 
 
 class ConditionMeans(StreamingModel):
@@ -24,6 +32,11 @@ class ConditionMeans(StreamingModel):
         self.contexts = contexts
         for name in ("context", "is_control", "is_train"):
             self.register_buffer(name, torch.from_numpy(getattr(vocabulary, name)), persistent=False)
+        # The training condition in which a single perturbation stands alone in a context, -1 where none does.
+        alone = torch.full((contexts, len(vocabulary.perturbations)), -1)
+        for row in (self.is_train & (self.multi_hot.sum(1) == 1)).nonzero().ravel():
+            alone[self.context[row], self.multi_hot[row].argmax()] = row
+        self.register_buffer("alone", alone, persistent=False)
 
     def update(self, batch: Batch) -> None:
         self.sums.index_add_(0, batch.condition, batch.expression.double())
@@ -35,9 +48,30 @@ class ConditionMeans(StreamingModel):
         control[self.context[self.is_control]] = means[self.is_control]
         self.profile.copy_(self.profiles(means, means - control[self.context], control))
 
+    def restore(self, state: dict[str, Tensor]) -> None:
+        for name in ("sums", "cells"):
+            getattr(self, name)[: len(state[name])] = state[name]
+        self.finish()
+
+    def of_singles(self, values: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """For each context, (singles, genes) values of the training conditions of single perturbations, and (singles,)
+        whether the context has the condition; where it has not, the mean over the contexts that do stands in."""
+        measured = self.alone >= 0
+        total = values.new_zeros(self.alone.shape[1], values.shape[1])
+        for here, rows in zip(measured, self.alone, strict=True):
+            total[here] += values[rows[here]]
+        elsewhere = total / measured.sum(0).clamp(min=1).unsqueeze(1)
+        for here, rows in zip(measured, self.alone, strict=True):
+            yield torch.where(here.unsqueeze(1), values[rows.clamp(min=0)], elsewhere), here
+
+    def complete(self, measured: Tensor) -> Tensor:
+        """(conditions,) whether all singles are known and ``measured``, (contexts, singles) or (singles,)."""
+        lacking = self.multi_hot * ~(measured[self.context] if measured.ndim == 2 else measured)
+        return torch.from_numpy(self.known).to(lacking.device) & (lacking.sum(1) == 0)
+
     @abstractmethod
     def profiles(self, means: Tensor, effects: Tensor, control: Tensor) -> Tensor:
-        """(conditions, genes) from means (conditions, genes), effects (mean minus its context's control mean; only
+        """(conditions, genes) float64 from means (conditions, genes), effects (mean minus its context's control mean; only
         rows of training conditions mean anything) and control means (contexts, genes)."""
 
 
@@ -127,3 +161,85 @@ class MeanShift(ModelSpec):
 
     def build(self, vocabulary: Vocabulary) -> MeanShiftNet:
         return MeanShiftNet(vocabulary)
+
+
+class AdditiveNet(ConditionMeans):
+    def __init__(self, spec: "Additive", vocabulary: Vocabulary) -> None:
+        super().__init__(vocabulary)
+        self.spec, self.labels = spec, vocabulary.singles
+        self.register_buffer("whole", self.complete(self.alone >= 0), persistent=False)
+        if spec.missing == "transfer":
+            self.known = self.complete((self.alone >= 0).any(0)).numpy()
+
+    def profiles(self, means: Tensor, effects: Tensor, control: Tensor) -> Tensor:
+        shift = torch.zeros_like(effects)
+        for context, (values, measured) in enumerate(self.of_singles(effects)):
+            if self.spec.missing == "zero":
+                values = values * measured.unsqueeze(1)
+            here = self.context == context
+            shift[here] = self.multi_hot[here].to(values.dtype) @ values
+        return shift
+
+    def predict(self, batch: Batch) -> Tensor:
+        if self.spec.missing == "error" and not self.whole[batch.condition].all():
+            row = int(batch.condition[~self.whole[batch.condition]][0])
+            raise InputError(
+                f"{'+'.join(self.labels[row])}: a single of it is not measured alone in training in its context; "
+                "set model.missing to transfer or zero, or split.missing_single to to_train"
+            )
+        return batch.control + self.profile[batch.condition]
+
+
+@MODELS.register("additive")
+@dataclass(frozen=True, kw_only=True)
+class Additive(ModelSpec):
+    """Control plus the effects of a combination's singles, each as measured alone in the context.
+
+    A single that is not measured in the context: its mean effect in other contexts (``transfer``; a combination with a
+    single that is measured nowhere is left out), no effect (``zero``), or an ``error``.
+    """
+
+    mode: ClassVar[Mode] = "all"
+
+    missing: str = "transfer"  # transfer | zero | error
+
+    def __post_init__(self) -> None:
+        if self.missing not in MISSING:
+            raise InputError(f"model.missing={self.missing!r}: {nearest(self.missing, MISSING)}")
+
+    def build(self, vocabulary: Vocabulary) -> AdditiveNet:
+        return AdditiveNet(self, vocabulary)
+
+
+class MatchingMeanNet(ConditionMeans):
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        super().__init__(vocabulary)
+        self.known = self.complete((self.alone >= 0).any(0)).numpy()
+
+    def profiles(self, means: Tensor, effects: Tensor, control: Tensor) -> Tensor:
+        multi_hot = self.multi_hot.to(means.dtype)
+        number = multi_hot.sum(1, keepdim=True)
+        single = (number == 1).ravel()
+        times = (self.alone >= 0).sum(0).clamp(min=1)
+        profile = torch.where(single.unsqueeze(1), 0, control[self.context])
+        for context, (values, measured) in enumerate(self.of_singles(means)):
+            rows = (self.context == context) & (number > 1).ravel()
+            profile[rows] = multi_hot[rows] @ values / number[rows]
+            # A single label is matched in every context that has it; each adds its share.
+            profile[single] += multi_hot[single] @ (values * (measured / times).unsqueeze(1))
+        return profile
+
+    def predict(self, batch: Batch) -> Tensor:
+        return self.profile[batch.condition]
+
+
+@MODELS.register("matching_mean")
+@dataclass(frozen=True, kw_only=True)
+class MatchingMean(ModelSpec):
+    """The mean profile of the training conditions that match: of a combination its singles in the context, of a single
+    perturbation the same one in other contexts (Viñas Torné et al., Systema, 2025)."""
+
+    mode: ClassVar[Mode] = "all"
+
+    def build(self, vocabulary: Vocabulary) -> MatchingMeanNet:
+        return MatchingMeanNet(vocabulary)

@@ -34,7 +34,7 @@ def predict(
     sample: int = 0,
     keep: Keep = Here,
 ) -> Predicted:
-    """Predict the conditions of a truth whose perturbation training has shown; the others are left out.
+    """Predict the conditions of a truth that the model knows how to predict; the others are left out.
 
     A context's control cells serve all its conditions, and are the control that a metric subtracts. A model predicts cell
     by cell, so the mean over half of the cells is its prediction from that half. ``sample``: predicted cells that are
@@ -42,7 +42,7 @@ def predict(
     handed to ``keep`` in parts of some conditions, which answers with a function that gives a part back.
     """
     model.eval()
-    positions = np.flatnonzero(vocabulary.known[truth.rows])
+    positions = np.flatnonzero(model.known[truth.rows])
     genes, contexts, linear = len(truth.genes), len(truth.contexts), truth.linear_halves is not None
     halvings = len(truth.control_halves)
     profiles, controls = (_Profiles(n, halvings, genes, linear=linear) for n in (len(positions), contexts))

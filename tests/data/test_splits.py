@@ -6,12 +6,24 @@ import subprocess
 import sys
 
 import numpy as np
+import pandas as pd
 import pytest
 import screens
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from perturbray.data.splits import SPLITS, SUBSETS, TEST, TRAIN, UNUSED, VAL, CovariateTransfer, Split, cut_controls
+from perturbray.data.splits import (
+    SPLITS,
+    SUBSETS,
+    TEST,
+    TRAIN,
+    UNUSED,
+    VAL,
+    CovariateTransfer,
+    Saved,
+    Split,
+    cut_controls,
+)
 from perturbray.errors import InputError
 
 LABELS = ("KO", "KO_1", "KO_1_2", "1_2", "A+B", "B+C_1", "A", "B", "γ", "drug / 2", "train", "test")
@@ -181,16 +193,17 @@ def test_the_seed_decides_and_one_seed_is_one_split():
 SCRIPT = """
 import json, sys
 from perturbray.data.dataset import DatasetSpec
-from perturbray.data.splits import CovariateTransfer
+from perturbray.data.splits import Combination, CovariateTransfer, UnseenPerturbation
 conditions = DatasetSpec(path=sys.argv[1], covariates=("line", "drug")).conditions()
-split = CovariateTransfer(fraction=0.5, max_contexts=3).split(conditions)
-print(json.dumps([split.condition.tolist(), split.cell.tolist(), split.record]))
+for task in (CovariateTransfer(fraction=0.5, max_contexts=3), Combination(), UnseenPerturbation(fraction=0.5)):
+    split = task.split(conditions)
+    print(json.dumps([split.condition.tolist(), split.cell.tolist(), split.record]))
 """
 
 
 def test_a_split_does_not_depend_on_the_hash_seed(tmp_path):
     pairs = [(line, drug) for line in ("a", "b", "c_d") for drug in ("none", "a", "c_d")]
-    labels = ["control"] * 6 + ["KO_1", "KO_1_2", "x+y", "y", "a", "b", "c"]
+    labels = ["control"] * 6 + ["KO_1", "KO_1_2", "x+y", "y", "x", "x+a", "a", "b", "c", "b+c", "a+c"]
     lines, drugs, conditions = zip(*[(*pair, label) for pair in pairs for label in labels], strict=True)
     path = screens.write(tmp_path / "screen.h5ad", {"line": lines, "drug": drugs, "condition": conditions})
     runs = [
@@ -205,7 +218,10 @@ def test_a_split_does_not_depend_on_the_hash_seed(tmp_path):
     found = [run.communicate()[0] for run in runs]
     assert [run.returncode for run in runs] == [0, 0]
     assert len(set(found)) == 1
-    assert {TRAIN, VAL, TEST} == set(json.loads(found[0])[0])
+    lines = found[0].splitlines()
+    assert len(lines) == 3
+    for line in lines:
+        assert {TRAIN, VAL, TEST} == set(json.loads(line)[0])
 
 
 def test_every_perturbation_has_the_same_chance_of_being_held_out():
@@ -248,9 +264,14 @@ def test_an_impossible_task_is_refused_by_its_field(fields, message):
 
 
 @pytest.mark.parametrize("name", SPLITS)
-def test_every_registered_split_is_frozen_and_splits_what_the_synthetic_screen_has(name, lab):
-    spec = SPLITS[name]()
-    assert spec == SPLITS[name]()
+def test_every_registered_split_is_frozen_and_splits_what_the_synthetic_screen_has(name, lab, tmp_path):
+    fields = {}
+    if SPLITS[name] is Saved:
+        values = [SUBSETS[code] for code in lab.split.cell]
+        fields["path"] = str(tmp_path / "split.csv")
+        pd.Series(values, index=lab.conditions.cell_names).to_csv(fields["path"], header=False)
+    spec = SPLITS[name](**fields)
+    assert spec == SPLITS[name](**fields)
     hash(spec)
     split = spec.split(lab.conditions)
     assert split.condition.shape == split.stratum.shape == (len(lab.conditions),)

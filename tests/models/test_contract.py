@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 
 import contract
 import pytest
+import screens
 import torch
 from contract import ANYWHERE, BLIND, WITHOUT_NOISE, Subject, state_restores_predictions_to_the_bit
 
@@ -17,12 +18,12 @@ THOROUGH = {"epochs": 60, "lr": 1e-2, "patience": 60, "plateau_patience": 60}
 
 @pytest.fixture(scope="module", params=MODELS)
 def fitted(request, lab) -> Subject:
-    return Subject.fit(request.param, MODELS[request.param](), lab)
+    return Subject.fit(request.param, screens.default_spec(request.param), lab)
 
 
 @pytest.fixture(scope="module", params=MODELS)
 def thorough(request, clean) -> Subject:
-    return Subject.fit(request.param, MODELS[request.param](), clean, **THOROUGH)
+    return Subject.fit(request.param, screens.default_spec(request.param), clean, **THOROUGH)
 
 
 @pytest.mark.parametrize("law", ANYWHERE)

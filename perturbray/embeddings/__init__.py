@@ -1,0 +1,1 @@
+"""Vectors that describe perturbations or cells, made elsewhere."""
