@@ -21,7 +21,9 @@ class Vocabulary:
     is_control: np.ndarray  # (conditions,) bool
     is_train: np.ndarray  # (conditions,) bool, perturbed conditions that are trained on
     known: np.ndarray  # (conditions,) bool: every single perturbation and every covariate level is in training
+    train_cells: np.ndarray  # (conditions,) int64, cells that are trained on
     singles: tuple[tuple[str, ...], ...] = ()  # (conditions,) names, those that training never shows among them
+    embedding_width: int = 0  # columns of the obsm matrix that a model reads cells from; 0: it reads expression
 
     @classmethod
     def of(cls, conditions: Conditions, split: Split) -> "Vocabulary":
@@ -57,4 +59,5 @@ class Vocabulary:
             is_train=train,
             known=known,
             singles=conditions.singles,
+            train_cells=np.bincount(conditions.cell_condition[split.cell == TRAIN], minlength=len(conditions)),
         )
