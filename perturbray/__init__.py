@@ -8,8 +8,9 @@ import importlib
 _PUBLIC = {
     "perturbray.cli": ["main"],
     "perturbray.data.ablations": ["ABLATIONS", "AblationSpec", "Imbalance", "PublishedImbalance"],
-    "perturbray.data.batches": ["Batch", "BatchStream", "Cells"],
+    "perturbray.data.batches": ["Batch", "BatchStream", "Cells", "Sampling"],
     "perturbray.data.dataset": ["Conditions", "DatasetSpec"],
+    "perturbray.data.loading": ["load"],
     "perturbray.data.splits": ["SPLITS", "CovariateTransfer", "Split", "SplitSpec"],
     "perturbray.data.vocabulary": ["Vocabulary"],
     "perturbray.engine": ["run_sweep"],

@@ -17,6 +17,7 @@ import numpy as np
 from perturbray import plugin, scoring
 from perturbray.cluster import SCORER_CPUS, Cluster, Placement, connect, place
 from perturbray.data.dataset import Conditions, DatasetSpec
+from perturbray.data.loading import Delivery
 from perturbray.data.splits import TRAIN
 from perturbray.data.store import Store
 from perturbray.data.truth import digest, observe
@@ -42,6 +43,7 @@ class Shared:
     trials: bytes  # pickled {key: Trial}; opened once the plugins that define the specs are installed
     conditions: dict[DatasetSpec, Conditions]
     blocks: dict[DatasetSpec, "Blocks"]  # noqa: F821  # imports ray
+    windows: dict[DatasetSpec, "Windows | None"]  # noqa: F821  # imports ray; None: cells are mapped and not streamed
     truths: "ray.ObjectRef"  # noqa: F821  # {digest: Truth}
     truth_of: dict[str, str]  # the truth of each trial, by key
     cells: int  # predicted cells of a condition that are handed to the scorers; 0: none
@@ -148,6 +150,7 @@ def _run(
             trials=cloudpickle.dumps(plan.trials),
             conditions=plan.conditions,
             blocks=shared_stores,
+            windows=_deliver(stores, placement, events),
             truths=stored,
             truth_of={key: plan.truth_of(trial) for key, trial in plan.trials.items()},
             cells=plan.sweep.cells if plan.sweep.needs_cells else 0,
@@ -274,6 +277,7 @@ def train(config: dict, *, shared: Shared) -> None:
                 sample=shared.cells,
                 report=checkpoints.report,
                 state=checkpoints.restore(),
+                windows=shared.windows[trial.dataset],
             )
         scorable = scoring.Scorable(
             key=key,
@@ -348,6 +352,18 @@ def _one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def _deliver(
+    stores: dict[DatasetSpec, Store], placement: Placement, events: Events
+) -> dict[DatasetSpec, "Windows | None"]:  # noqa: F821  # imports ray
+    """What streams a dataset to each trial, where it is too large to be mapped."""
+    found = {}
+    for spec, store in stores.items():
+        delivery = Delivery.choose(store)
+        events.line(f"{spec.name}: {delivery.reason}")
+        found[spec] = delivery.windows(at_once=placement.at_once)
+    return found
 
 
 def _observe(plan: Plan, stores: dict[DatasetSpec, Store]) -> dict[str, Truth]:

@@ -144,11 +144,13 @@ def run(
     sample: int = 0,
     report: Report | None = None,
     state: dict | None = None,
+    windows: "Windows | None" = None,  # noqa: F821  # imports ray
 ) -> Outcome:
     """Split, build, fit, predict: in this process, on a GPU if there is one. Knows nothing of Ray.
 
     The numbers depend on the trial alone: torch's generator is seeded here and given back as it was. ``truth`` is that of
-    the trial's split, where it is at hand; ``sample`` predicted cells of each condition are kept.
+    the trial's split, where it is at hand; ``sample`` predicted cells of each condition are kept. With ``windows`` the
+    cells of an epoch are streamed (``data.loading.Delivery``), and the numbers are the same.
     """
     started = time.perf_counter()
     split = trial.make_split(conditions)
@@ -163,6 +165,9 @@ def run(
         seed=trial.seed,
         mode=trial.model.mode,
         device=device,
+        sampling=trial.training.sampling(trial.model.unit, getattr(trial.model, "set_size", 0)),
+        embedding=getattr(trial.model, "embedding", None),
+        windows=windows,
     )
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(derive(trial.seed, "training"))

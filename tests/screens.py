@@ -112,15 +112,21 @@ class Lab:
     def vocabulary(self) -> Vocabulary:
         return Vocabulary.of(self.conditions, self.split)
 
-    def stream(self, mode: str = "paired", *, batch_size: int = 64) -> BatchStream:
+    def stream(self, mode: str = "paired", *, batch_size: int = 64, device: str = "cpu", **options) -> BatchStream:
         return BatchStream(
-            self.cells, self.conditions, self.split, batch_size=batch_size, seed=self.seed, mode=mode, device="cpu"
+            self.cells,
+            self.conditions,
+            self.split,
+            **{"batch_size": batch_size, "seed": self.seed, "mode": mode, "device": device} | options,
         )
 
     def fitted(self, spec: ModelSpec, **training) -> Model:
         """A model of a spec, built and fitted here; the caller seeds torch."""
         model = spec.build(self.vocabulary)
-        fit(model, self.stream(spec.mode), Training(**{"epochs": 3, "batch_size": 64, **training}))
+        how = Training(**{"epochs": 3, "batch_size": 64, **training})
+        sampling = how.sampling(spec.unit, getattr(spec, "set_size", 0))
+        stream = self.stream(spec.mode, sampling=sampling, embedding=getattr(spec, "embedding", None))
+        fit(model, stream, how)
         return model
 
 

@@ -25,8 +25,8 @@ STRANGERS = {  # beside the chains: what a part must not know at all
     "prediction": {"models", "data", "training", "torch", "ray", "anndata"},
     "cluster": {"models", "data", "training"},
 }
-RAY_MODULES = {"engine", "cluster", "data.blocks", "data.prepare", "metrics.pool", "embeddings.run"}
-SLOW_TO_IMPORT = ("torch", "ray", "anndata", "pandas", "scipy", "matplotlib", "pyarrow", "h5py")
+RAY_MODULES = {"engine", "cluster", "data.blocks", "data.prepare", "data.windows", "metrics.pool", "embeddings.run"}
+SLOW_TO_IMPORT = ("torch", "ray", "anndata", "pandas", "scipy", "matplotlib", "pyarrow", "h5py", "numba")
 
 
 def imports(source: str, *, module: str, is_package: bool = False) -> set[str]:

@@ -37,7 +37,7 @@ def other(value):
         case float():
             return value + 0.125
         case str():
-            return {"auto": "log1p"}.get(value, value + "x")
+            return {"auto": "log1p", "random": "fixed"}.get(value, value + "x")
         case None:
             return "counts"
         case tuple():

@@ -145,8 +145,8 @@ class BatchStream:
     ) -> None:
         self.cells, self.conditions, self.split = cells, conditions, split
         self.batch_size, self.seed, self.mode, self.device = batch_size, seed, mode, torch.device(device)
-        self.sampling, self.embedding, self.windows = sampling or Sampling(), embedding, windows
-        if embedding is not None:
+        self.sampling, self.embedding, self.windows = sampling or Sampling(), embedding or None, windows
+        if embedding:
             cells.embedding(embedding, np.empty(0, dtype=np.int64))  # raises before anything is trained
         if self.sampling.set_size > batch_size:
             raise InputError(
@@ -160,10 +160,9 @@ class BatchStream:
 
     def rows(self, subset: int) -> np.ndarray:
         """Row numbers of the cells that an epoch over a subset visits, ascending."""
-        perturbed = self.split.cells(subset, conditions=self.conditions, controls=False)
-        if self.mode != "all":
-            return perturbed
-        return np.union1d(perturbed, self.split.cells(subset, conditions=self.conditions, controls=True))
+        if self.mode == "all":
+            return np.flatnonzero(self.split.cell == subset)
+        return self.split.cells(subset, conditions=self.conditions, controls=False)
 
     def plan(self, subset: int = TRAIN, *, number: int = 0, shuffle: bool = True, fixed: bool = False) -> Plan:
         """The order, pairs and batches of an epoch, before anything is read.

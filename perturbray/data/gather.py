@@ -15,13 +15,18 @@ PIECE = 256  # rows at once without numba, so that the indices made for them sta
 SUMMED = 4096  # rows at once that are added up without numba: bounds the memory
 
 
-def locate(starts: np.ndarray, rows: np.ndarray) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-    """Blocks that hold some of the rows, with the places of those in ``rows`` and their numbers in the block."""
-    if len(starts) == 2:
+def locate(
+    starts: np.ndarray, rows: np.ndarray, *, ascending: bool = False
+) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    """Blocks that hold some of the rows, with the places of those in ``rows`` and their numbers in the block.
+
+    ``ascending``: in the order of the file, which a disk likes, and memory that is read more than it is written.
+    """
+    if len(starts) == 2 and not ascending:
         yield 0, np.arange(len(rows)), rows
         return
     block = np.searchsorted(starts, rows, side="right") - 1
-    order = np.argsort(block, kind="stable")
+    order = np.argsort(rows if ascending else block, kind="stable")
     ends = np.cumsum(np.bincount(block, minlength=len(starts) - 1))
     for b in np.flatnonzero(np.diff(ends, prepend=0)):
         places = order[ends[b - 1] if b else 0 : ends[b]]
@@ -38,7 +43,7 @@ def collect(
 ) -> Rows:
     """A copy of rows as CSR, in their order. ``starts`` (blocks + 1,) says which rows a block holds."""
     genes = blocks[0].genes
-    parts = list(locate(starts, rows))
+    parts = list(locate(starts, rows, ascending=True))
     length = np.empty(len(rows), dtype=np.int64)
     for b, places, local in parts:
         length[places] = blocks[b].indptr[local + 1] - blocks[b].indptr[local]
@@ -90,7 +95,7 @@ def add(
     compiled: bool = False,
 ) -> None:
     """Add a power of the values of each row to the line of its group in ``sums``, (groups, genes) float64."""
-    for b, places, local in locate(starts, rows):
+    for b, places, local in locate(starts, rows, ascending=True):  # so that blocks do not change how sums are rounded
         block = blocks[b]
         if compiled:
             from perturbray.data import kernels

@@ -54,7 +54,9 @@ class Plan:
 def shuffled(rows: np.ndarray, rng: np.random.Generator, *, chunk: int) -> np.ndarray:
     """Rows in a random order: a full permutation, or runs of ``chunk`` permuted and then mixed within windows.
 
-    By chunks, a window holds WINDOW / chunk random places of the file, and a batch is a random part of a window.
+    By chunks of c, a window of W cells holds W / c random places of the file, and a batch of B is a random part of a window:
+    in a file that is sorted by condition, a condition's share of a batch has 1 + (B - 1)(c - 1) / (W - 1) times the
+    variance of a full permutation (1.5 times at B = 256 and c = 64), and no condition is left out of an epoch.
     """
     chunk = chunk or (CHUNK if len(rows) > LARGE else 1)
     if chunk == 1:

@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from perturbray.data.batches import Batch, Mode
+from perturbray.data.batches import Batch, Mode, Unit
 from perturbray.data.vocabulary import Vocabulary
 from perturbray.registry import Registry
 
@@ -19,6 +19,9 @@ class ModelSpec(ABC):
     """Hyperparameters, and which cells training shows to the model."""
 
     mode: ClassVar[Mode] = "paired"
+    unit: ClassVar[Unit] = (
+        "cell"  # what a batch is made of; of sets, ``set_size``, a field of the model, says how large
+    )
 
     @abstractmethod
     def build(self, vocabulary: Vocabulary) -> "Model":

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from perturbray.data.batches import BatchStream
+from perturbray.data.sampling import Sampling, Unit
 from perturbray.data.splits import TRAIN, VAL
 from perturbray.errors import InputError
 from perturbray.models.base import GradientModel, Model, StreamingModel
@@ -27,6 +28,11 @@ class Training:
     plateau_factor: float = 0.2  # by which the learning rate falls ...
     plateau_patience: int = 4  # ... after so many epochs without a better validation loss
     clip_norm: float = 0.0  # gradient norm; 0: not clipped
+    controls: str = (
+        "random"  # what a cell is paired with: random, anew each epoch | fixed | mean of its context's controls
+    )
+    balance: bool = False  # contexts equally often in an epoch, whose length stays
+    chunk: int = 0  # rows that stay together in the shuffle; 0: 1 up to 4 million cells, 64 beyond (data.sampling)
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "patience"):
@@ -36,6 +42,11 @@ class Training:
             raise InputError(f"training.lr={self.lr}: above 0")
         if not 0 < self.plateau_factor < 1:
             raise InputError(f"training.plateau_factor={self.plateau_factor}: above 0 and below 1")
+        self.sampling()
+
+    def sampling(self, unit: Unit = "cell", set_size: int = 0) -> Sampling:
+        """How an epoch is drawn for a model whose batches are made of ``unit``. Raises InputError."""
+        return Sampling(controls=self.controls, balance=self.balance, chunk=self.chunk, unit=unit, set_size=set_size)
 
 
 @dataclass(kw_only=True)
