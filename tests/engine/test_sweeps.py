@@ -185,3 +185,15 @@ def test_more_trials_in_the_same_folder_run_alone(finished, tmp_path):
     assert (ran, events.began) == (1, list(plan.trials)[5:])
     assert before.items() <= small.stamps(tmp_path / "small").items()
     assert_frame_equal(small.stable(folder), small.stable(tmp_path / "small"), check_exact=True)
+
+
+def test_a_streamed_sweep_leaves_the_table_of_a_mapped_one(finished, small_screen, tmp_path, monkeypatch):
+    monkeypatch.setenv("PERTURBRAY_DELIVERY", "streaming")
+    monkeypatch.setenv("PERTURBRAY_STREAM_MB", "1")
+    events = small.Record()
+    ran, plan = small.run(small.sweep(small_screen), tmp_path / "streamed", events=events)
+    assert ran == 3
+    assert any(line.endswith("streaming, as asked for") for line in events.lines)
+    # The same keys: how rows are delivered is no part of a trial's identity.
+    mapped = small.stable(finished[0], keys=list(plan.trials))
+    assert_frame_equal(small.stable(tmp_path / "streamed"), mapped, check_exact=True)
