@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import screens
+import torch
 
 import perturbray as pr
 from perturbray.cli import sweep_parser
@@ -20,7 +21,7 @@ BLOCKS = dict(re.findall(r"<!-- example: (\S+) -->\n```python\n(.*?)```", README
 
 
 def test_the_example_of_a_model_is_ten_lines_or_a_few_more_and_halves_the_shift(small_screen):
-    (source,) = BLOCKS.values()
+    source = BLOCKS["half_shift.py"]
     assert len([line for line in source.splitlines() if line.strip()]) <= 12
     Plugin(name="perturbray_plugin_of_the_readme", source=source).install()
     lab = screens.lab_of(DatasetSpec(path=str(small_screen)))
@@ -35,6 +36,18 @@ def test_the_example_of_a_model_is_ten_lines_or_a_few_more_and_halves_the_shift(
     kept = ~np.isnan(shifts[0]) & ~np.isnan(shifts[1])
     assert kept.mean() > 0.5
     np.testing.assert_allclose(shifts[1][kept], shifts[0][kept] / 2, atol=1e-6)
+
+
+def test_the_loop_over_batches_learns_on_a_screen_of_ones_own(small_screen, tmp_path, monkeypatch, capsys):
+    source = BLOCKS["loop.py"]
+    assert len([line for line in source.splitlines() if line.strip()]) <= 14
+    monkeypatch.chdir(tmp_path)
+    Path("screen.h5ad").symlink_to(small_screen)
+    torch.manual_seed(0)
+    exec(compile(source, "loop.py", "exec"), {})
+    losses = [float(line.split()[-1]) for line in capsys.readouterr().out.splitlines()]
+    assert len(losses) >= 3
+    assert losses[-1] < 0.75 * losses[0]
 
 
 COMMANDS = [

@@ -17,6 +17,8 @@ from perturbray.errors import InputError, nearest
 
 NORMALIZE = ("auto", "log1p", "none")
 
+MOST_LEVELS = 100_000  # of a column that may play a role
+
 Group = Any  # h5py.File | h5py.Group | zarr.Group; zarr is imported where a path is a folder
 Node = Any  # a group or an array of either
 
@@ -196,27 +198,26 @@ def obs_columns(spec: DatasetSpec, file: Group, columns: Sequence[str]) -> pd.Da
     return pd.DataFrame({column: _column(spec, file["obs"], column).to_numpy() for column in columns})
 
 
-def obs_text(spec: DatasetSpec, file: Group) -> pd.DataFrame:
-    """The cells' names as ``_index``, and as text the columns of obs that may play a role: all but those of numbers with
-    a fraction, unless the spec names them. Missing values stay missing."""
+def obs_table(spec: DatasetSpec, file: Group) -> "pyarrow.Table":  # noqa: F821  # imported where it is needed
+    """The columns of obs that may play a role, as text: the spec's, and those whose values stand for groups of cells."""
+    import pyarrow as pa
     from anndata.io import read_elem
 
     frame = file["obs"]
     whole = is_array(frame) or frame.attrs.get("encoding-version") == "0.1.0"
     table = read_elem(frame) if whole else None
-    found = {"_index": _names(frame)}
-    wanted = {*spec.covariates, spec.perturbation}
+    wanted, found = {*spec.covariates, spec.perturbation}, {}
     for column in _columns(frame):
         try:
             values = pd.Series(read_elem(frame[column]) if table is None else table[column])
         except (KeyError, TypeError, ValueError):  # of a kind that anndata does not know, and no role of a screen
             continue
-        if column == "_index" or (values.dtype.kind == "f" and column not in wanted):
-            continue
-        values = values.astype(object).to_numpy()
-        missing = pd.isna(values)
-        found[column] = np.where(missing, None, pd.Series(values).astype(str).to_numpy())
-    return pd.DataFrame(found)
+        code, levels = pd.factorize(values)
+        if column in wanted or len(levels) <= min(MOST_LEVELS, len(code) // 2):
+            text = pd.Series(levels).astype(object).astype(str).tolist()
+            code = pa.array(code.astype(np.int32), mask=code < 0)
+            found[column] = pa.DictionaryArray.from_arrays(code, pa.array(text, type=pa.string()))
+    return pa.table(found)
 
 
 def target_sum(file: Group) -> float | None:

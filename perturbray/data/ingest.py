@@ -29,7 +29,12 @@ SHARD_ROWS = 65_536  # at most; two bytes number the rows of a shard
 SHARD_BYTES = 128 * 2**20  # a shard ends at the first DIGEST_ROWS above it
 COLUMNS = ("indptr", "indices", "values")
 RECORD = np.dtype([("row", "<u4"), ("gene", "<u4"), ("value", "<f4")])
-COPY, SORT, EXAMINE = 32, 56, 64  # bytes held a stored value: while copied, while sorted by row, while examined
+COPY, SPILL, SORT, EXAMINE = (
+    32,
+    80,
+    56,
+    64,
+)  # bytes held a stored value: while copied, parted and sorted by row, examined
 HEADER = 128  # bytes before the values of an npy file that is written piece by piece
 
 Progress = Callable[[float], None]  # the share that is done, 0 to 1
@@ -226,22 +231,26 @@ class _Source:
     def shard(self, number: int, start: int) -> Shard:
         return Shard(self.folder, number, start, self.genes)
 
-    def pieces(self, array: Node) -> Iterator[tuple[int, int]]:
+    def full(self, shard: Shard, rows: int) -> bool:
+        """Whether a shard should take no more rows."""
+        return shard.rows + rows > self.limits.rows or shard.stored * 6 >= self.limits.shard
+
+    def pieces(self, array: Node, cost: int) -> Iterator[tuple[int, int]]:
         """Ranges of a flat array that the limit admits, along its chunks, so that none is decompressed twice."""
-        most = self.limits.memory // COPY
+        most = self.limits.memory // cost
         length = array.shape[0]
         chunk = max(1, (array.chunks or (1,))[0])  # a contiguous array has none
         if chunk > most:
             raise InputError(
-                f"{self.name} is stored in chunks of {chunk:,} values, which take {_mb(chunk * COPY)} MB to read, and "
-                f"ingest may hold {_mb(self.limits.memory)} MB: set PERTURBRAY_INGEST_MB={_mb(chunk * COPY)} or more"
+                f"{self.name} is stored in chunks of {chunk:,} values, which take {_mb(chunk * cost)} MB to read, and "
+                f"ingest may hold {_mb(self.limits.memory)} MB: set PERTURBRAY_INGEST_MB={_mb(chunk * cost)} or more"
             )
         step = most // chunk * chunk
         return ((start, min(start + step, length)) for start in range(0, length, step))
 
-    def flat(self, name: str) -> Iterator[tuple[int, np.ndarray]]:
+    def flat(self, name: str, *, cost: int) -> Iterator[tuple[int, np.ndarray]]:
         """Pieces of one of the flat arrays, with the number of the first value."""
-        for start, stop in self.pieces(self.node[name]):
+        for start, stop in self.pieces(self.node[name], cost):
             yield start, np.asarray(self.node[name][start:stop])
 
     def check_numbers(self, numbers: np.ndarray, bound: int, kind: str, where: Callable[[int], str]) -> None:
@@ -319,7 +328,7 @@ def _copy_rows(source: _Source, progress: Progress) -> list[Shard]:
     """Stored by rows: indptr, indices and values one after the other, cut where shards end."""
     source.check_lengths(source.cells)
     marks, before = [], None  # bounds at every DIGEST_ROWS
-    for start, bounds in source.flat("indptr"):
+    for start, bounds in source.flat("indptr", cost=COPY):
         bounds = bounds.astype(np.int64)
         source.check_bounds(bounds, before)
         before = int(bounds[-1])
@@ -330,12 +339,12 @@ def _copy_rows(source: _Source, progress: Progress) -> list[Shard]:
     shards = [source.shard(i, cut * matrix.DIGEST_ROWS) for i, cut in enumerate(cuts[:-1])]
     ends = [shard.start for shard in shards[1:]] + [source.cells]
     bases = marks[cuts].tolist()
-    for start, bounds in source.flat("indptr"):
+    for start, bounds in source.flat("indptr", cost=COPY):
         for i, part in _parts(start - 1, bounds.astype(np.int64), [0, *ends]):  # the first bound opens the first row
             shards[i].columns["indptr"].append(part - bases[i])
     stored = max(1, 2 * bases[-1])
     for number, (name, column) in enumerate((("indices", "indices"), ("data", "values"))):
-        for start, piece in source.flat(name):
+        for start, piece in source.flat(name, cost=COPY):
             if name == "indices":
                 source.check_numbers(
                     piece, source.genes, "gene", lambda at, start=start: f"row {_row(shards, bases, start + at)}"
@@ -372,7 +381,7 @@ def _copy_columns(source: _Source, progress: Progress) -> list[Shard]:
     column = lambda at: f"gene {int(np.searchsorted(bounds, at, side='right')) - 1}"  # noqa: E731
     units = -(-source.cells // matrix.DIGEST_ROWS)
     stored = np.zeros(units, dtype=np.int64)
-    for start, rows in source.flat("indices"):
+    for start, rows in source.flat("indices", cost=COPY):
         source.check_numbers(rows, source.cells, "cell", lambda at, start=start: column(start + at))
         stored += np.bincount(rows[: max(0, total - start)] // matrix.DIGEST_ROWS, minlength=units)
         progress(0.2 * (start + len(rows)) / max(1, total))
@@ -382,21 +391,21 @@ def _copy_columns(source: _Source, progress: Progress) -> list[Shard]:
             f"{source.name} is stored by columns, and sorting {matrix.DIGEST_ROWS:,} rows takes {_mb(stored.max() * SORT)} MB; "
             f"ingest may hold {_mb(source.limits.memory)} MB: set PERTURBRAY_INGEST_MB={_mb(stored.max() * SORT)} or more"
         )
-    cuts = _cuts(source, stored, min(most, source.limits.shard // 6))
+    cuts = _cuts(source, stored, most)
     starts = [cut * matrix.DIGEST_ROWS for cut in cuts[:-1]]
     spilled = [source.folder / f"{i:05d}.spill" for i in range(len(starts))]
-    for start, rows in source.flat("indices"):
+    for start, rows in source.flat("indices", cost=SPILL):
         stop = min(start + len(rows), total)
         _spill(source, bounds, start, rows[: stop - start], starts, spilled)
         progress(0.2 + 0.5 * stop / max(1, total))
-    shards = []
-    for i, start in enumerate(starts):
-        rows = min(starts[i + 1] if i + 1 < len(starts) else source.cells, source.cells) - start
-        shards.append(source.shard(i, start))
+    shards: list[Shard] = []
+    for i, (start, stop) in enumerate(itertools.pairwise([*starts, source.cells])):
+        if not shards or source.full(shards[-1], stop - start):
+            shards.append(source.shard(len(shards), start))
         records = np.fromfile(spilled[i], dtype=RECORD) if spilled[i].exists() else np.empty(0, dtype=RECORD)
         row = (records["row"] - start).astype(np.uint16)
         order = np.argsort(row, kind="stable")  # genes came in order, and stay so within a row
-        shards[i].append(np.bincount(row, minlength=rows), records["gene"][order], records["value"][order])
+        shards[-1].append(np.bincount(row, minlength=stop - start), records["gene"][order], records["value"][order])
         spilled[i].unlink(missing_ok=True)
         progress(0.7 + 0.3 * (i + 1) / len(starts))
     return shards
@@ -432,9 +441,7 @@ def _copy_dense(source: _Source, progress: Progress) -> list[Shard]:
     for start, stop in itertools.pairwise(ends):
         block = np.asarray(source.node[start:stop]).astype(np.float32, copy=False)
         at = np.flatnonzero(block)
-        if start % matrix.DIGEST_ROWS == 0 and (
-            not shards or shards[-1].rows >= source.limits.rows or shards[-1].stored * 6 >= source.limits.shard
-        ):
+        if start % matrix.DIGEST_ROWS == 0 and (not shards or source.full(shards[-1], matrix.DIGEST_ROWS)):
             shards.append(source.shard(len(shards), start))
         lengths = np.bincount(at // source.genes, minlength=stop - start)
         shards[-1].append(lengths, (at % source.genes), block.ravel()[at])

@@ -50,6 +50,10 @@ class Normalisation:
     depth: float  # counts a cell
     text: str  # for the user and the results
 
+    def same(self, other: "Normalisation") -> bool:
+        """Whether both give the same values, whatever they say about it."""
+        return (self.log1p, self.depth) == (other.log1p, other.depth)
+
     def apply(self, values: np.ndarray, row_lengths: np.ndarray, totals: np.ndarray) -> np.ndarray:
         """Values of CSR rows, (nnz,) float32, with their row lengths and row totals."""
         if not self.log1p:

@@ -22,15 +22,32 @@ from pathlib import Path
 
 import h5py
 import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from perturbray.data import ingest as made
 from perturbray.data import matrix
-from perturbray.data.dataset import Conditions, DatasetSpec, Group, conditions_of, obs_text, open_screen
+from perturbray.data.dataset import Conditions, DatasetSpec, Group, conditions_of, obs_table, open_screen
 from perturbray.data.rows import Rows, index_type
 from perturbray.errors import InputError, nearest
 
 VERSION = 1  # of the layout; a store of another is made again
-MANIFEST, GENES, OBS, TRUTH = "manifest.json", "genes.json", "obs.parquet", "truth.h5"
+MANIFEST, GENES, CELLS, OBS, TRUTH = "manifest.json", "genes.json", "cells.parquet", "obs.parquet", "truth.h5"
+KEYS = {
+    "version",
+    "key",
+    "source",
+    "cells",
+    "genes",
+    "rows",
+    "stored",
+    "facts",
+    "normalisation",
+    "embeddings",
+    "obs",
+    "files",
+}
 UNUSED_DAYS = 1.0  # after which the store of a file that has changed since is deleted
 
 Say = Callable[[str], None]
@@ -119,7 +136,8 @@ def find(spec: DatasetSpec, *, say: Say = lambda _: None) -> Store | None:
     Raises InputError where the file's values do not fit ``spec.normalize``.
     """
     for place, manifest in _candidates(spec):
-        if manifest["normalisation"] != asdict(matrix.decide(spec, matrix.MatrixFacts(**manifest["facts"]))):
+        wanted = matrix.decide(spec, matrix.MatrixFacts(**manifest["facts"]))
+        if not wanted.same(matrix.Normalisation(**manifest["normalisation"])):
             continue
         if harm := _harm(place, manifest):
             say(f"the store {place} is damaged ({harm}): making it again")
@@ -137,19 +155,21 @@ def known(path: str) -> bool:
 
 def conditions(spec: DatasetSpec) -> Conditions:
     """As ``spec.conditions()``, from the store of an unchanged file where there is one."""
-    import pyarrow.parquet as pq
-
     for place, manifest in _candidates(spec):
         columns = [*spec.covariates, spec.perturbation]
-        if OBS not in manifest["files"] or not set(columns) <= set(manifest["obs"]) or _harm(place, manifest):
+        if not set(columns) <= set(manifest["obs"]) or _harm(place, manifest):
             continue
-        obs = pq.read_table(place / OBS, columns=["_index", *dict.fromkeys(columns)]).to_pandas()
-        if obs.isna().to_numpy().any():
+        obs = pq.read_table(place / OBS, columns=list(dict.fromkeys(columns)))
+        if any(obs[column].null_count for column in columns):
             break  # the file says best which cells they are
-        obs = obs.astype(object)
-        genes = np.array(json.loads((place / GENES).read_text(encoding="utf-8")), dtype=object)
-        levels = [obs[column] for column in spec.covariates]
-        return conditions_of(spec, obs[spec.perturbation], levels, cell_names=obs["_index"].to_numpy(), genes=genes)
+        text = {column: pd.Series(obs[column].to_pandas().astype(object)) for column in columns}
+        return conditions_of(
+            spec,
+            text[spec.perturbation],
+            [text[column] for column in spec.covariates],
+            cell_names=pq.read_table(place / CELLS).column(0).to_pandas().to_numpy(dtype=object),
+            genes=np.array(json.loads((place / GENES).read_text(encoding="utf-8")), dtype=object),
+        )
     return spec.conditions()
 
 
@@ -203,14 +223,17 @@ def _write(
     found = made.write(spec, file, conditions, folder, limits=limits, progress=progress)
     widths = made.embeddings(spec, file, folder, limits=limits)
     (folder / GENES).write_text(json.dumps(conditions.genes), encoding="utf-8")
-    obs = obs_text(spec, file)
-    obs.to_parquet(folder / OBS, index=False, compression="zstd")
+    obs = obs_table(spec, file)
+    names = pa.table({"name": pa.array(conditions.cell_names, type=pa.string())})
+    pq.write_table(obs, folder / OBS, compression="zstd")
+    pq.write_table(names, folder / CELLS, compression="zstd")
     if isinstance(file, h5py.Group) and "uns/truth" in file:
         with h5py.File(folder / TRUTH, "w") as out:
             for name in ("uns/truth", "varm", "var"):
                 file.copy(name, out.require_group(str(Path(name).parent)), name=Path(name).name)
     files = {path.name: _entry(path) for path in sorted(folder.iterdir())}
-    content = [found.facts.digest, asdict(found.normalisation), conditions.genes, widths, found.rows]
+    scale = [found.normalisation.log1p, found.normalisation.depth]
+    content = [found.facts.digest, scale, conditions.genes, widths, found.rows]
     content += [files[made.embedding_file(key)]["crc32"] for key in sorted(widths)]
     return {
         "version": VERSION,
@@ -222,7 +245,7 @@ def _write(
         "facts": asdict(found.facts),
         "normalisation": asdict(found.normalisation),
         "embeddings": widths,
-        "obs": list(obs.columns[1:]),
+        "obs": obs.column_names,
         "files": files,
     }
 
@@ -257,8 +280,8 @@ def _harm(place: Path, manifest: dict) -> str:
 def _manifest(place: Path) -> dict | None:
     try:
         found = json.loads((place / MANIFEST).read_text(encoding="utf-8"))
-        return found if found["version"] == VERSION else None
-    except (OSError, ValueError, KeyError, TypeError):
+        return found if found["version"] == VERSION and found.keys() >= KEYS else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
 

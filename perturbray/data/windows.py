@@ -6,6 +6,7 @@ in the object store at once is bounded by ``memory``, whatever the number of cel
 """
 
 import logging
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -103,8 +104,8 @@ class Windows:
         need, limit = len(rows) * row_bytes(self.store) / 1e6, self.limit_mb
         if need > limit:
             raise InputError(
-                f"streaming holds the {len(rows):,} control cells that pairs are drawn from, which take {need:,.0f} MB, and "
-                f"{limit:,.0f} MB are allowed: raise PERTURBRAY_STREAM_MB, or train with training.controls=mean"
+                f"streaming holds the {len(rows):,} control cells that pairs are drawn from, which take {_mb(need)} MB, and "
+                f"{_mb(limit)} MB are allowed: raise PERTURBRAY_STREAM_MB, or train with training.controls=mean"
             )
         step = max(1, int(self._window_mb * 1e6 / row_bytes(self.store)))
         parts = [rows[start : start + step] for start in range(0, len(rows), step)]
@@ -116,9 +117,9 @@ class Windows:
         if (largest := int(np.diff(cuts).max(initial=0))) > most:
             need = largest * row_bytes(self.store) * IN_FLIGHT / 1e6
             raise InputError(
-                f"a batch of {largest:,} cells takes {need / IN_FLIGHT:,.1f} MB and streaming holds {IN_FLIGHT} windows of at "
-                f"least a batch: {need:,.0f} MB, and {self.limit_mb:,.0f} MB are allowed; raise PERTURBRAY_STREAM_MB or "
-                "lower training.batch_size"
+                f"streaming holds {IN_FLIGHT} windows of at least a batch, of which the largest has {largest:,} cells: "
+                f"{_mb(need)} MB are needed and {_mb(self.limit_mb)} MB allowed; raise PERTURBRAY_STREAM_MB or lower "
+                "training.batch_size"
             )
         edges = [0]
         while edges[-1] < len(cuts) - 1:
@@ -165,6 +166,11 @@ def start_ray() -> None:
     """A Ray of this process's own, where there is none."""
     if not ray.is_initialized():
         ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+
+
+def _mb(amount: float) -> str:
+    """Megabytes for a message, rounded up, so that the number will do."""
+    return f"{math.ceil(amount):,}" if amount >= 10 else f"{math.ceil(amount * 100) / 100:g}"
 
 
 def _rows(block: pa.Table, genes: int) -> Rows:

@@ -13,6 +13,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,16 +43,31 @@ class Contestant:
     task does, where its cost is proportional to the work and the whole would take minutes: costs are divided by it.
     """
 
-    def __init__(self, script: str, task: str, *, python: str = sys.executable, share: float = 1.0, **options: Any):
+    def __init__(
+        self,
+        script: str,
+        task: str,
+        *,
+        python: str = sys.executable,
+        share: float = 1.0,
+        cache: str | None = None,
+        **options: Any,
+    ):
         self._share = share
+        own = {"PERTURBRAY_CACHE": str(cache)} if cache else {}
         self._process = subprocess.Popen(
             [python, str(HERE / "contestants" / script), task, json.dumps(options, default=str)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env=os.environ | ONE_THREAD | {"TQDM_DISABLE": "1"},
+            env=os.environ | ONE_THREAD | {"TQDM_DISABLE": "1"} | own,
         )
         self._answer()
+
+    @property
+    def number(self) -> int:
+        """Of its process."""
+        return self._process.pid
 
     def turn(self) -> Cost:
         self._process.stdin.write("go\n")
@@ -119,6 +135,8 @@ class Peer:
     name: str
     version: str
     python: str = "python3.11"  # the interpreter that its own requirements were measured with
+    beside: tuple[str, ...] = ()  # further requirements
+    borrows: bool = False  # sees this environment's packages, and brings none that it requires: no second torch
 
     def interpreter(self) -> str | None:
         """Its Python, installed now if it is not there; None, with a message, where that is impossible."""
@@ -128,11 +146,15 @@ class Peer:
         if done.exists():
             return str(python)
         print(f"  installing {requirement} in {folder} (once)", flush=True)
-        maker = shutil.which(self.python) or sys.executable
+        maker = sys.executable if self.borrows else shutil.which(self.python) or sys.executable
         try:
             subprocess.run([maker, "-m", "venv", "--clear", str(folder)], check=True, capture_output=True, text=True)
             install = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", requirement]
+            install += ["--no-deps"] if self.borrows else self.beside
             subprocess.run(install, check=True, capture_output=True, text=True)
+            if self.borrows:
+                (own,) = folder.glob("lib/python*/site-packages")
+                (own / "borrowed.pth").write_text(sysconfig.get_path("purelib") + "\n")
         except subprocess.CalledProcessError as error:
             reason = (error.stderr or error.stdout).strip().splitlines()[-1:]
             print(f"  no {requirement}: {' '.join(reason)}; its ratios are left out", flush=True)

@@ -239,15 +239,20 @@ def test_facts_of_one_layer_are_not_taken_for_those_of_another(tmp_path, own_cac
 def test_a_cache_that_makes_no_sense_is_read_as_none(tmp_path, own_cache, content):
     spec = screen(tmp_path / "a.h5ad", sparse.csr_matrix(counts()))
     first = scan(spec)
-    (place,) = own_cache.rglob("*.json")
-    place.write_text(content)
+    (place,) = own_cache.glob("facts/*.json")
+    (manifest,) = own_cache.glob("stores/*/manifest.json")
+    for path in (place, manifest):
+        path.write_text(content)
+    assert matrix.remembered(spec) is None
     assert scan(spec) == first
-    assert json.loads(place.read_text())["facts"]["digest"] == first.digest
+    assert [json.loads(path.read_text())["facts"]["digest"] for path in (place, manifest)] == [first.digest] * 2
 
 
-@pytest.mark.parametrize("blocked", ["cache", "cache/facts"])
-def test_a_cache_that_cannot_be_written_costs_nothing(tmp_path, own_cache, blocked):
+@pytest.mark.parametrize("blocked", ["cache", "cache/facts", "cache/stores"])
+def test_a_cache_that_cannot_be_written_costs_nothing(tmp_path, own_cache, blocked, monkeypatch):
     """A file where the folder should be: a refusal that even root meets."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
     place = tmp_path / blocked
     place.parent.mkdir(exist_ok=True)
     place.write_text("in the way")

@@ -26,9 +26,36 @@ def serve(tasks):
 
 
 def _cpu():
-    """CPU-seconds of all threads, and of child processes that ended."""
+    """CPU-seconds of all threads, of child processes that ended, and of those that run, with theirs."""
     usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages) + sum(map(_spent, descendants(os.getpid())))
+
+
+def descendants(process):
+    """Numbers of the processes that a process has started, and of those that these have; none where there is no /proc."""
+    children = {}
+    for folder in os.listdir("/proc") if os.path.isdir("/proc/self") else []:
+        fields = _stat(folder) if folder.isdigit() else []
+        if fields:
+            children.setdefault(int(fields[1]), []).append(int(folder))
+    found = list(children.get(process, []))
+    for number in found:
+        found += children.get(number, [])
+    return found
+
+
+def _spent(process):
+    """CPU-seconds of a process and of its children that ended."""
+    return sum(map(int, _stat(process)[11:15])) / os.sysconf("SC_CLK_TCK")
+
+
+def _stat(process):
+    """What /proc says of a process after its name; nothing of one that has ended."""
+    try:
+        with open(f"/proc/{process}/stat") as file:
+            return file.read().rpartition(")")[2].split()
+    except OSError:
+        return []
 
 
 def _memory(field):
