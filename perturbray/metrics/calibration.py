@@ -94,16 +94,12 @@ def shifted(cells: Any, shift: np.ndarray) -> np.ndarray:
 def mean_response_cells(prediction: Prediction) -> Prediction:
     """The cell-level mean response: control cells of the context plus its mean effect, as many as were observed."""
     shift = mean_response(prediction).predicted.mean - prediction.control.mean[prediction.context]
-    sample = prediction.cells
-
-    def make(row: int) -> np.ndarray:
+    sample, moved = prediction.cells, []
+    for row, code in enumerate(prediction.context):
         size = max(2, sample.observed[row].shape[0])
-        return shifted(
-            drawn(prediction, sample.control[prediction.context[row]], size, "mean response", row), shift[row]
-        )
-
-    cells = LazyCells(tuple(partial(make, row) for row in range(len(prediction))))
-    return replace(prediction, cells=replace(sample, predicted=cells))
+        cells = drawn(prediction, sample.control[code], size, "mean response", row)
+        moved.append(partial(shifted, cells, shift[row]))  # dense, so it is made when it is looked at
+    return replace(prediction, cells=replace(sample, predicted=LazyCells(tuple(moved))))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -316,8 +312,7 @@ def anchored(
         progress(f"calibration: split {split + 1} of {splits}")
         parts = halve(comparison.observed, comparison, seed=seed, split=split, content=content)
         truth, other = _bulks(parts, linear=prediction.predicted.linear is not None)
-        sides = [_half_cells(prediction, side, seed=seed, split=split) for side in (0, 1)]
-        for name, anchor in _sides(prediction, truth, other, *sides):
+        for name, anchor in _sides(prediction, truth, other, *_half_cells(prediction, seed=seed, split=split)):
             memo: dict = {}
             for metric in metrics:
                 if name == "interpolated" and not isinstance(metric, Metric):
@@ -354,23 +349,20 @@ def _bulks(parts: tuple[Cells, Cells], *, linear: bool) -> list[Pseudobulk]:
     return [bulk.rows(np.arange(groups)), bulk.rows(np.arange(groups, 2 * groups))]
 
 
-def _half_cells(prediction: Prediction, side: int, *, seed: int, split: int) -> LazyCells | None:
-    """One half of the sampled cells of each condition."""
-    if prediction.cells is None:
-        return None
-
-    def make(row: int) -> Any:
+def _half_cells(prediction: Prediction, *, seed: int, split: int) -> list[tuple[Any, ...]]:
+    """Both halves of the sampled cells of each condition."""
+    halves: list[list] = [[], []]
+    for row in range(len(prediction) if prediction.cells is not None else 0):
         X = prediction.cells.observed[row]
         label = (*prediction.contexts[prediction.context[row]], str(prediction.perturbation[row]))
         order = shuffled(signatures(X, prediction.genes), seed, "half", split, *label)
-        half = len(order) // 2
-        return X[order[side * half : (side + 1) * half]]
-
-    return LazyCells(tuple(partial(make, row) for row in range(len(prediction))))
+        for side, part in enumerate(halves):
+            part.append(X[order[side * (len(order) // 2) : (side + 1) * (len(order) // 2)]])
+    return [tuple(part) for part in halves]
 
 
 def _sides(
-    prediction: Prediction, truth: Pseudobulk, other: Pseudobulk, half: LazyCells | None, rest: LazyCells | None
+    prediction: Prediction, truth: Pseudobulk, other: Pseudobulk, half: tuple[Any, ...], rest: tuple[Any, ...]
 ) -> Iterator[tuple[str, Prediction]]:
     """The model and the anchors against one half of the observed cells, whose rest is ``other``."""
     replicate = _between(prediction, truth, other)
