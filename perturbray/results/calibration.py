@@ -152,7 +152,7 @@ def anchors(calibration: pd.DataFrame | None, summary: pd.DataFrame) -> list[dic
             stands,
             caption="Means over the conditions that have all anchors.",
             columns=["metric", "prediction", "no change", "mean response", "replicate", "interpolated", "scaled", ""],
-            align=["", *["n"] * 6, ""],
+            align=["", *["n"] * 6, "lines"],
         ),
         grid(
             says,
