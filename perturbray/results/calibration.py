@@ -70,6 +70,10 @@ def frames(
     keys = list(values.columns[: list(values.columns).index("metric")])
     conditions = values.loc[values["metric"] == names[0], keys].reset_index(drop=True)
     conditions.columns = [f"covariate.{name}" for name in keys[:-1]] + ["perturbation"]
+    _, context, perturbation = conditions_of(conditions)
+    place = {"context": context if macro else np.zeros_like(context), "perturbation": perturbation}
+    if not macro:  # conditions of one context, so that each weighs the same
+        conditions = pd.DataFrame({"perturbation": conditions.astype(str).agg("\x1f".join, axis=1)})
     table = np.stack([values.loc[values["metric"] == name, "value"].to_numpy(float) for name in names], axis=1)
     scales = {name: Scale.of(name) for name in names}
     for metric in metrics:
@@ -92,9 +96,6 @@ def frames(
     beside["effect_size"] = sizes.effect[beside["condition"]]
     beside["de_genes"] = sizes.de_genes[beside["condition"]]
     anchors = Anchors.of(rows, beside, scales=scales, failed=_failed(values))
-    _, context, perturbation = conditions_of(conditions)
-    context = context if macro else np.zeros_like(context)
-    place = {"context": context, "perturbation": perturbation}
     frame = _intervals(names, table, place)
     strata = anchors.effects[anchors.effects["series"] == PREDICTION].drop(columns="series").reset_index(drop=True)
     if not found:
