@@ -15,13 +15,8 @@ from typing import Any
 import numpy as np
 
 from perturbray import plugin
-from perturbray.metrics.calibration import (
-    defined_mean,
-    effect_sizes,
-    interpolate,
-    mean_response,
-    mean_response_cells,
-)
+from perturbray.metrics.anchors import effect_sizes, interpolate, mean_response, mean_response_cells
+from perturbray.metrics.calibration import defined_mean
 from perturbray.metrics.effects import EFFECTS
 from perturbray.metrics.metric import Metric, evaluated_by, score_prediction, score_split
 from perturbray.prediction import (
