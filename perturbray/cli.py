@@ -121,8 +121,11 @@ def command() -> None:
         "evaluate",
         help="score predicted cells, whatever model made them",
         description="Scores PREDICTED.h5ad against OBSERVED.h5ad, condition by condition. X of both is log1p of normalised "
-        "counts (see --normalize), genes are matched by name. Writes metrics.parquet, metrics.csv, summary.csv and "
-        "report.html.",
+        "counts (see --normalize), genes are matched by name. Writes metrics.parquet and metrics.csv (a row a condition "
+        "and metric), summary.csv (metric, value: the convention's own mean), calibration.csv (95 % intervals over "
+        "conditions; for convention perturbray also no change, mean response, replicate and interpolated duplicate, each "
+        "against halves of the observed cells, the scaled score, dynamic range and better share), strata.csv (means by size "
+        "of effect, by number of responding genes, and by what the mean response solves) and report.html.",
     )
     judge.add_argument("observed", metavar="OBSERVED.h5ad")
     judge.add_argument("predicted", metavar="PREDICTED.h5ad")
@@ -143,6 +146,11 @@ def command() -> None:
     judge.add_argument("--training", metavar="TRAIN.h5ad", help="cells that the PCA and the mean response come from")
     judge.add_argument(
         "--normalize", action="store_true", help="X holds counts: scale both to the observed side's median depth, log1p"
+    )
+    judge.add_argument(
+        "--no-calibration",
+        action="store_true",
+        help="leave out anchors, intervals and strata, which take some fifteen times as long as the scores",
     )
     judge.add_argument("--out", metavar="DIR", default="evaluation", help="where results go (default: evaluation)")
     listing = commands.add_parser("list", help="what there is to choose from")
@@ -355,7 +363,7 @@ def _report(arguments: argparse.Namespace) -> int:
 def _evaluate(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from perturbray.evaluate import Files, evaluate_files, summarise
+    from perturbray.evaluate import Files, judge_files, summarise
     from perturbray.results import table
     from perturbray.results.evaluation import terminal_evaluation, write_evaluation
 
@@ -372,13 +380,19 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         training=arguments.training,
         normalize=arguments.normalize,
     )
-    print(f"reading {arguments.observed} and {arguments.predicted}", flush=True)
     with table.made(out):
-        values = evaluate_files(files, convention=arguments.convention, folder=out)
-        summary = summarise(values, covariate_keys=keys, convention=arguments.convention)
-        notes = {"command": shlex.join(["perturbray", *sys.argv[1:]]), **values.attrs}
-        write_evaluation(out, values, summary, notes=notes)
-    Console(highlight=False).print(terminal_evaluation(summary, notes))
+        judged = judge_files(
+            files,
+            convention=arguments.convention,
+            folder=out,
+            calibration=not arguments.no_calibration,
+            progress=lambda text: print(text, flush=True),
+        )
+        summary = summarise(judged.values, covariate_keys=keys, convention=arguments.convention)
+        notes = {"command": shlex.join(["perturbray", *sys.argv[1:]]), **judged.values.attrs}
+        further = {"calibration": judged.calibration, "strata": judged.strata}
+        write_evaluation(out, judged.values, summary, notes=notes, **further)
+    Console(highlight=False).print(terminal_evaluation(summary, notes, judged.calibration))
     print(f"page:   {out / 'report.html'}\ntable:  {out / 'metrics.csv'}")
     return 0
 

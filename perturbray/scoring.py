@@ -9,25 +9,18 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from perturbray import plugin
-from perturbray.metrics.calibration import (
-    defined_mean,
-    effect_sizes,
-    interpolate,
-    mean_response,
-    mean_response_cells,
-)
+from perturbray.metrics.anchors import effect_sizes, interpolate, mean_response, mean_response_cells
+from perturbray.metrics.calibration import defined_mean
 from perturbray.metrics.effects import EFFECTS
 from perturbray.metrics.metric import Metric, evaluated_by, score_prediction, score_split
 from perturbray.prediction import (
     CellSample,
-    LazyCells,
     LostCellsError,
     Predicted,
     Prediction,
@@ -138,32 +131,33 @@ def _half(truth: Truth, halving: int, side: int) -> Pseudobulk:
     )
 
 
-def _half_cells(truth: Truth, halving: int, side: int) -> LazyCells:
+def _half_cells(truth: Truth, halving: int, side: int) -> tuple[Any, ...]:
     """The sampled cells of each condition that are in one half."""
+    return tuple(
+        cells[np.flatnonzero(half[halving] == side)]
+        for cells, half in zip(truth.observed_sample, truth.sample_half, strict=True)
+    )
 
-    def make(row: int) -> Any:
-        return truth.observed_sample[row][np.flatnonzero(truth.sample_half[row][halving] == side)]
 
-    return LazyCells(tuple(partial(make, row) for row in range(len(truth))))
-
-
-def against_half(
-    metric: Metric, whole: Prediction, predicted: Predicted, truth: Truth, memos: list[dict]
-) -> np.ndarray:
-    """(conditions,) the mean over halvings of the metric against one half of the observed cells.
+def against_halves(metrics: Sequence[Metric], whole: Prediction, predicted: Predicted, truth: Truth) -> np.ndarray:
+    """(metrics, conditions) the mean over halvings of each metric against one half of the observed cells.
 
     The same truth as an anchor's, so that a model, a baseline and a replicate can be put on one scale. Halvings in which
-    the truth leaves the metric undefined are left out.
+    the truth leaves a metric undefined are left out.
     """
     found = []
-    for halving, memo in enumerate(memos):
-        part = _split(whole, predicted, halving=halving, half=1) if shares_control(metric) else whole
-        observed, cells = _half(truth, halving, 0).rows(predicted.rows), None
-        if not isinstance(metric, Metric):
-            cells = replace(whole.cells, observed=matrices(_half_cells(truth, halving, 0), predicted.rows))
-        part = replace(part, observed=observed, cells=cells)
-        values = evaluated_by(metric, part, memo.setdefault(shares_control(metric), {}))[0]
-        found.append(np.where(observed.cells > 0, values, np.nan))
+    for halving in range(len(truth.observed_halves)):
+        observed, memos = _half(truth, halving, 0).rows(predicted.rows), ({}, {})
+        cells = whole.cells
+        if cells is not None:
+            cells = replace(cells, observed=matrices(_half_cells(truth, halving, 0), predicted.rows))
+        shared = replace(whole, observed=observed, cells=cells)
+        apart = replace(_split(whole, predicted, halving=halving, half=1), observed=observed)
+        scores = [
+            evaluated_by(metric, *((apart, memos[0]) if shares_control(metric) else (shared, memos[1])))[0]
+            for metric in metrics
+        ]
+        found.append(np.where(observed.cells > 0, np.reshape(scores, (len(metrics), len(observed.cells))), np.nan))
     return defined_mean(found)
 
 
@@ -174,7 +168,6 @@ def _trial_rows(item: Scorable, truth: Truth, metrics: Sequence[Metric], source:
     exchanged = (_split(whole, item.predicted, halving=0, half=half) for half in (1, 0))
     tables = [score_prediction(whole, plain)] + ([score_split(*exchanged, halved)] if halved else [])
     noisy = mean_response_cells(whole) if item.baseline and whole.cells is not None else whole
-    memos: list[dict] = [{} for _ in range(len(truth.observed_halves))]
     shape = len(metrics), len(truth)
     values, half = np.full(shape, np.nan), np.full(shape, np.nan)
     status = np.full(shape, "unseen_perturbation", dtype="U24")
@@ -183,7 +176,7 @@ def _trial_rows(item: Scorable, truth: Truth, metrics: Sequence[Metric], source:
             chosen = scored["metric"] == metric.name
             if chosen.any():
                 values[number, at], status[number, at] = scored["value"][chosen], scored["status"][chosen]
-        half[number, at] = against_half(metric, noisy, item.predicted, truth, memos)
+    half[:, at] = against_halves(metrics, noisy, item.predicted, truth)
     rows = _long(truth, item.stratum, metrics)
     rows |= {"value": values.ravel(), "value_half": half.ravel(), "status": status.ravel()}
     rows["n_observed"] = np.tile(truth.observed.cells, len(metrics))

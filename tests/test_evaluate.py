@@ -12,8 +12,10 @@ from scipy import sparse
 
 from perturbray.cli import command
 from perturbray.errors import InputError
-from perturbray.evaluate import Files, evaluate_files, summarise
-from perturbray.metrics.conventions import evaluate
+from perturbray.evaluate import Files, evaluate_files, judge_files, summarise
+from perturbray.metrics.calibration import calibrate
+from perturbray.metrics.conventions import evaluate, judge
+from perturbray.results.calibration import COLUMNS, INTERVALS
 
 ROLES = {"perturbation_key": "condition", "control": "control", "covariate_keys": ("cell_type",)}
 
@@ -74,7 +76,7 @@ def test_genes_in_another_order_are_aligned_and_other_genes_are_refused(both, tm
     np.testing.assert_allclose(turned["value"], straight["value"], rtol=1e-9, atol=1e-12)
     fewer = stored(predicted[:, 2:].copy(), tmp_path / "r.h5ad")
     with pytest.raises(InputError, match=r"r\.h5ad: its genes are not those.*only there: g0, g1"):
-        evaluate_files(Files(observed=ours, predicted=fewer, **ROLES))
+        judge_files(Files(observed=ours, predicted=fewer, **ROLES))
 
 
 def test_counts_are_refused_without_normalize_and_scaled_alike_with_it(tmp_path):
@@ -142,11 +144,127 @@ def test_the_command_writes_its_four_files_and_prints_the_summary(both, tmp_path
     paths = [stored(table, tmp_path / f"{i}.h5ad") for i, table in enumerate(both)]
     out = tmp_path / "out"
     assert run(monkeypatch, *paths, "--covariate-keys", "cell_type", "--out", out) == 0
-    assert {p.name for p in out.iterdir()} == {"metrics.parquet", "metrics.csv", "summary.csv", "report.html"}
+    ours = {"metrics.parquet", "metrics.csv", "summary.csv", "report.html"}
+    assert {p.name for p in out.iterdir()} == ours | {"calibration.csv", "strata.csv"}
     columns = ["cell_type", "condition", "metric", "value", "status", "n_obs", "n_pred", "convention"]
     assert list(pd.read_csv(out / "metrics.csv").columns) == columns
     assert list(pd.read_csv(out / "summary.csv").columns) == ["metric", "value"]
-    assert "rmse/average" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "rmse/average" in said
+    assert "calibration: split 5 of 5" in said
+    known = pd.read_csv(out / "calibration.csv")
+    assert list(known.columns) == COLUMNS
+    assert list(known["metric"]) == list(pd.read_csv(out / "summary.csv")["metric"])
+    assert run(monkeypatch, *paths, "--covariate-keys", "cell_type", "--out", out, "--no-calibration") == 0
+    assert {p.name for p in out.iterdir()} == ours
+    assert "calibration" not in capsys.readouterr().out
+
+
+def judged(tmp_path, observed, predicted, **options):
+    paths = {"observed": observed, "predicted": predicted}
+    files = {
+        name: stored(table, tmp_path / f"{name}-{len(list(tmp_path.iterdir()))}.h5ad") for name, table in paths.items()
+    }
+    return judge_files(Files(**files, **ROLES), **options)
+
+
+@pytest.fixture(scope="module")
+def large():
+    """Enough conditions for intervals, and enough cells for an effect."""
+    return wide(seed=1), wide(seed=2)
+
+
+def wide(*, seed: int) -> ad.AnnData:
+    """Ten perturbations in two contexts; another seed, other cells of the same conditions."""
+    rng, truth = np.random.default_rng(seed), np.random.default_rng(77)
+    labels = [(line, label) for line in "ab" for label in ("control", *(f"p{i}" for i in range(10))) for _ in range(24)]
+    base = truth.gamma(2, 2, 30)
+    effect = {f"p{i}": np.where(truth.random(30) < 0.4, truth.normal(0, 1, 30), 0) for i in range(10)} | {
+        "control": np.zeros(30)
+    }
+    X = rng.poisson(np.array([base * np.exp(effect[label]) for _, label in labels]))
+    X = np.log1p(100 * X / np.maximum(X.sum(axis=1, keepdims=True), 1)).astype(np.float32)
+    obs = pd.DataFrame(labels, columns=["cell_type", "condition"], index=[str(i) for i in range(len(labels))])
+    return ad.AnnData(sparse.csr_matrix(X), obs=obs, var=pd.DataFrame(index=[f"g{i}" for i in range(30)]))
+
+
+@pytest.fixture(scope="module")
+def calibrated(large, tmp_path_factory):
+    return judged(tmp_path_factory.mktemp("large"), *large)
+
+
+def test_files_are_calibrated_as_cells_in_memory(large, calibrated):
+    _, results = judge(*large, **ROLES)
+    metrics = [metric for metric in results.metrics if metric.name in ("rmse/average", "cosine/logfc", "energy/pca")]
+    expected = calibrate(results.prediction, results.comparison, metrics).set_index("metric")
+    found = calibrated.calibration.set_index("metric").loc[expected.index]
+    # one context is as large as the other, so that the mean over contexts is that over conditions
+    for ours, theirs in (
+        ("half", "model"),
+        ("mean_response", "baseline"),
+        ("split_half", "replicate"),
+        ("scaled", "scaled"),
+    ):
+        np.testing.assert_allclose(found[ours], expected[theirs], rtol=1e-9)
+    for name in ("dynamic_range", "better"):
+        np.testing.assert_allclose(found[name], expected[name], rtol=1e-9)
+    assert (found["weak"].astype(bool) == expected["weak"]).all()
+
+
+def test_another_sample_of_the_cells_scores_as_a_replicate_and_the_control_as_none(large, calibrated, tmp_path):
+    known = calibrated.calibration.set_index("metric")
+    for name in ("rmse/average", "cosine/delta_ctrl", "cosine/logfc", "energy/pca", "rmse/average/rank"):
+        assert known.loc[name, "scaled"] > 0.9, name
+        assert known.loc[name, "verdict"] == "better"
+        assert known.loc[name, "low"] <= known.loc[name, "value"] <= known.loc[name, "high"]
+    observed, X = large[0], large[0].X.toarray()
+    line, label = (observed.obs[name].to_numpy() for name in ("cell_type", "condition"))
+    for context, name in set(zip(line, label, strict=True)):
+        X[(line == context) & (label == name)] = observed.X[(line == context) & (label == "control")].toarray()
+    still = ad.AnnData(sparse.csr_matrix(X), obs=observed.obs, var=observed.var)
+    unmoved = judged(tmp_path, observed, still).calibration.set_index("metric")
+    for name in ("rmse/average", "cosine/logfc", "energy/pca"):
+        assert unmoved.loc[name, "half"] == pytest.approx(unmoved.loc[name, "no_change"], rel=1e-6, abs=1e-9), name
+        assert unmoved.loc[name, "scaled"] < 0.1
+
+
+def test_values_and_calibration_do_not_depend_on_the_order_of_cells(large, calibrated, tmp_path):
+    turned = [table[np.random.default_rng(3).permutation(table.n_obs)].copy() for table in large]
+    again = judged(tmp_path, *turned)
+    for ours, theirs in ((again.calibration, calibrated.calibration), (again.strata, calibrated.strata)):
+        pd.testing.assert_frame_equal(ours, theirs, rtol=1e-7, atol=1e-9)
+
+
+def test_other_conventions_have_intervals_and_strata_and_no_anchors(large, tmp_path):
+    found = judged(tmp_path, *large, convention="cell-eval")
+    assert list(found.calibration.columns) == INTERVALS
+    mse = found.values[found.values["metric"] == "mse"]
+    row = found.calibration.set_index("metric").loc["mse"]
+    assert row["value"] == pytest.approx(mse["value"].mean())
+    assert row["low"] < row["value"] < row["high"]
+    strata = found.strata[found.strata["metric"] == "mse"]
+    assert strata.groupby("by")["conditions"].sum().to_dict() == {"de_genes": 20, "effect": 20}
+    thirds = strata[strata["by"] == "effect"]
+    assert (thirds["mean"] * thirds["conditions"]).sum() / 20 == pytest.approx(mse["value"].mean())
+
+
+def test_strata_are_those_of_the_observed_cells_whatever_is_predicted(large, calibrated, tmp_path):
+    worse = large[1].copy()
+    worse.X = worse.X[np.random.default_rng(0).permutation(worse.n_obs)]
+    other = judged(tmp_path, large[0], worse, convention="perturbench-2024").strata
+    for by in ("effect", "de_genes"):
+        one, two = (
+            frame[frame["by"] == by].drop_duplicates("stratum")[["stratum", "low", "high"]].reset_index(drop=True)
+            for frame in (calibrated.strata, other)
+        )
+        pd.testing.assert_frame_equal(one, two)
+
+
+def test_a_target_sum_that_the_file_records_is_used(large, tmp_path):
+    told = large[0].copy()
+    told.uns["target_sum"] = 1234.0
+    assert judged(tmp_path, told, large[1], calibration=False).values.attrs["target_sum"] == 1234.0
+    assert judged(tmp_path, *large, calibration=False).values.attrs["target_sum"] == pytest.approx(100, rel=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -172,7 +290,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(both, tmp_path, monkeypatch, c
 
 PEAK = """
     import sys, threading, time, re
-    from perturbray.evaluate import Files, evaluate_files
+    from perturbray.evaluate import Files, judge_files
     import perturbray.metrics
     def private():  # pages that are this process's own: a mapped file is the page cache's
         text = open("/proc/self/smaps_rollup").read()
@@ -183,21 +301,25 @@ PEAK = """
             peak[0] = max(peak[0], private())
             time.sleep(0.01)
     threading.Thread(target=watch, daemon=True).start()
-    evaluate_files(Files(observed=sys.argv[1], predicted=sys.argv[2], perturbation_key="condition", control="control",
-                         covariate_keys=("cell_type",)), convention="perturbench-2024")
+    judge_files(Files(observed=sys.argv[1], predicted=sys.argv[2], perturbation_key="condition", control="control",
+                         covariate_keys=("cell_type",)), convention=sys.argv[3])
     print((peak[0] - before) / 1024, "torch" in sys.modules, "ray" in sys.modules)
 """
 
 
 @pytest.mark.slow
-def test_memory_does_not_grow_with_the_cells_and_neither_torch_nor_ray_is_imported(tmp_path, monkeypatch):
+@pytest.mark.parametrize("convention", ["perturbench-2024", "perturbray"])
+def test_memory_does_not_grow_with_the_cells_and_neither_torch_nor_ray_is_imported(tmp_path, convention):
     peaks = []
     for cells in (2000, 6000):
         paths = [
             stored(screen(seed=i, cells=cells, genes=400), tmp_path / f"{cells}-{i}.h5ad", "dense") for i in (1, 2)
         ]
         answer = subprocess.run(
-            [sys.executable, "-c", textwrap.dedent(PEAK), *paths], capture_output=True, text=True, check=True
+            [sys.executable, "-c", textwrap.dedent(PEAK), *paths, convention],
+            capture_output=True,
+            text=True,
+            check=True,
         )
         peak, torch, ray = answer.stdout.split()
         assert (torch, ray) == ("False", "False")

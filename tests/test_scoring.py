@@ -1,18 +1,24 @@
 """The split control source, anchors and halves: laws that a wrong implementation breaks."""
 
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 import screens
+from scipy.stats import false_discovery_control, ttest_ind
 
 import perturbray as pr
 from perturbray import scoring, synthetic
 from perturbray.data.batches import Cells
 from perturbray.data.dataset import DatasetSpec
-from perturbray.data.splits import TEST
+from perturbray.data.splits import TEST, TRAIN
 from perturbray.data.truth import HALVINGS, digest, observe
-from perturbray.metrics.metric import Metric
+from perturbray.metrics import SCORES, cell_metrics, distribution
+from perturbray.metrics.cells import shuffled, signatures
+from perturbray.metrics.distribution import PCA, energy, fit_pca
+from perturbray.metrics.metric import Metric, MetricError
+from perturbray.prediction import Here, LazyCells, LostCellsError
 from perturbray.results import table
 from perturbray.trial import Trial, run
 
@@ -166,6 +172,198 @@ def test_anchors_stand_between_chance_and_perfect_and_beat_the_mean(tmp_path):
             value = anchors[reference, metric.name]
             assert value > level if metric.higher_is_better else value < level
             assert (value < metric.best) if metric.higher_is_better else (value >= metric.best)
+
+
+CELL = tuple(Metric.parse(name) for name in ("energy/pca", "energy/pca/skill", "mmd/genes", "topk_recall/wilcoxon"))
+
+
+@pytest.fixture(scope="module")
+def sampled(tmp_path_factory):
+    """A screen with enough cells for metrics of cells: what is observed of it, with a PCA."""
+    many = synthetic.Screen.small(cells=60, controls=240, affected=0.4, scale=1.5, seed=3)
+    spec, conditions, cells = opened(synthetic.write(tmp_path_factory.mktemp("cells") / "cells.h5ad", many))
+    split = Trial(dataset=spec, model=pr.NoChange()).make_split(conditions)
+    truth = observe(cells, conditions, split, sample=50, linear=True)
+    space = fit_pca(cells.select(np.flatnonzero(split.cell == TRAIN)), 20)
+    return spec, conditions, cells, replace(truth, pca_mean=space.mean, pca_loadings=space.loadings), split
+
+
+def scored(sampled, model, metrics, *, source="split", keep=Here):
+    spec, conditions, cells, truth, _ = sampled
+    trial = Trial(dataset=spec, model=model, training=pr.Training(epochs=2))
+    outcome = run(trial, cells, conditions, truth=truth, sample=50, keep=keep)
+    item = scoring.Scorable(
+        key="k",
+        name="n",
+        columns={},
+        truth="",
+        predicted=outcome.predicted,
+        stratum=outcome.stratum,
+        baseline=isinstance(model, pr.PerturbedMean),
+    )
+    return scoring._trial_rows(item, truth, metrics, source), outcome
+
+
+def of_metric(rows, metric, column="value_half"):
+    return rows[column][rows["metric"] == metric.name]
+
+
+def test_metrics_of_cells_are_held_against_halves_of_the_same_cells(sampled):
+    truth = sampled[3]
+    rows, outcome = scored(sampled, pr.MeanShift(), CELL)
+    space = PCA(mean=truth.pca_mean, loadings=truth.pca_loadings)
+    row = 4
+    values = []
+    for halving in range(HALVINGS):
+        x = truth.observed_sample[row][np.flatnonzero(truth.sample_half[row][halving] == 0)]
+        y = outcome.predicted.sample[row]
+        assert abs(x.shape[0] - 25) <= 8
+        # drawn as the metric draws them: with as many predicted as observed cells, and all of the observed ones
+        y = y[
+            shuffled(signatures(y, truth.genes), "match", *truth.contexts[truth.context[row]], truth.perturbation[row])
+        ]
+        values.append(energy(space(x), space(y[: x.shape[0]])))
+    assert of_metric(rows, CELL[0])[row] == pytest.approx(np.mean(values), rel=1e-9)
+
+
+def test_metrics_of_cells_have_a_floor_a_ceiling_and_a_scaled_score(sampled, tmp_path):
+    truth, split = sampled[3:]
+    item = scoring.Anchor(key="a", truth="t", stratum=split.stratum[truth.rows], seed=0)
+    scoring.score(item, {"t": truth}, folder=tmp_path, metrics=CELL)
+    anchors = table.read_anchors(tmp_path, keys=["a"])
+    assert set(anchors["reference"]) == {scoring.REPLICATE}
+    replicate = anchors.groupby("metric", observed=True)["value"].mean()
+    base, still = (scored(sampled, model, CELL)[0] for model in (pr.PerturbedMean(), pr.NoChange()))
+    for metric in CELL:
+        b, c = of_metric(base, metric).mean(), of_metric(still, metric).mean()
+        r = replicate[metric.name]
+        assert (r > b and r > c) if metric.higher_is_better else (r < b and r < c)
+    # The mean response has the noise of control cells, without which it would be as far from cells as can be.
+    flat = of_metric(base, CELL[0], "value").mean()
+    assert of_metric(base, CELL[0]).mean() < 0.5 * flat
+
+
+def test_the_linear_effect_is_that_of_the_means_of_expm1(sampled):
+    conditions, cells, truth, split = sampled[1:]
+    metric = Metric("cosine", "logfc")
+    rows, outcome = scored(sampled, pr.MeanShift(), [metric], source="reference")
+    epsilon = 1e-6 * truth.target_sum
+    controls = np.concatenate([cells.dense(part).astype(float) for part in truth.control_rows])
+    assert truth.target_sum == pytest.approx(np.median(np.expm1(controls).sum(axis=1)), rel=1e-6)
+    model = outcome.model
+    for row in (0, 5):
+        control = cells.dense(truth.control_rows[truth.context[row]]).astype(float)
+        here = (conditions.cell_condition == truth.rows[row]) & (split.cell == TEST)
+        observed = cells.dense(np.flatnonzero(here)).astype(float)
+        guess = np.maximum(control + model.profile[truth.rows[row]].numpy().astype(float), 0)
+        means = [np.log2(np.expm1(part).mean(axis=0) + epsilon) for part in (guess, observed, control)]
+        a, b = means[0] - means[2], means[1] - means[2]
+        assert rows["value"][row] == pytest.approx(a @ b / np.sqrt(a @ a * (b @ b)), rel=1e-4)
+
+
+def test_no_change_has_a_linear_effect_of_exactly_zero(sampled):
+    for source in scoring.SOURCES:
+        rows, _ = scored(sampled, pr.NoChange(), [Metric("cosine", "logfc")], source=source)
+        assert (rows["value"] == 0).all()
+        assert (rows["value_half"] == 0).all()
+        assert set(rows["status"]) == {"constant_prediction"}
+
+
+def test_anchors_of_a_linear_effect_stand_in_order(sampled, tmp_path):
+    truth, split = sampled[3:]
+    item, metric = (
+        scoring.Anchor(key="a", truth="t", stratum=split.stratum[truth.rows], seed=0),
+        Metric("cosine", "logfc"),
+    )
+    scoring.score(item, {"t": truth}, folder=tmp_path, metrics=[metric])
+    values = table.read_anchors(tmp_path, keys=["a"]).groupby("reference", observed=True)["value"].mean()
+    assert 0.2 < values[scoring.REPLICATE] < 1
+    assert values[scoring.INTERPOLATED] > of_metric(scored(sampled, pr.PerturbedMean(), [metric])[0], metric).mean()
+
+
+def test_anchors_know_how_much_is_observed_of_each_condition(sampled, tmp_path):
+    conditions, cells, truth, split = sampled[1:]
+    item = scoring.Anchor(key="a", truth="t", stratum=split.stratum[truth.rows], seed=0)
+    scoring.score(item, {"t": truth}, folder=tmp_path, metrics=[Metric("rmse", "average")])
+    found = table.read_anchors(tmp_path, keys=["a"])
+    found = found[found["reference"] == scoring.REPLICATE].set_index("condition").loc[truth.rows]
+    for row in (0, 5):
+        here = (conditions.cell_condition == truth.rows[row]) & (split.cell == TEST)
+        x = cells.dense(np.flatnonzero(here)).astype(float)
+        y = cells.dense(truth.control_rows[truth.context[row]]).astype(float)
+        parts = [((a[:, None] - b[None]) ** 2).sum(axis=2) for a, b in ((x, y), (x, x), (y, y))]
+        unbiased = [part.sum() / (len(part) * (len(part) - 1)) for part in parts[1:]]
+        assert found["effect_size"].iloc[row] == pytest.approx(2 * parts[0].mean() - sum(unbiased), rel=1e-9)
+        tested = np.expm1(y).mean(axis=0) > 5e-6 * truth.target_sum
+        tested &= ~np.isin(truth.genes, truth.perturbation[row].split("+"))
+        p = ttest_ind(x[:, tested], y[:, tested], equal_var=False).pvalue
+        q = false_discovery_control(np.where(np.isnan(p), 1, p))
+        assert found["de_genes"].iloc[row] == (q < 0.05).sum() > 0
+
+
+def test_what_depends_on_observed_cells_alone_is_computed_for_the_first_trial_only(sampled, monkeypatch):
+    metrics = [*CELL, Metric.parse("mmd/pca"), Metric.parse("energy/pca/rank")]
+    monkeypatch.setattr(distribution, "_REMEMBERED", {})
+    monkeypatch.setattr(cell_metrics, "_TABLES", {})
+    scored(sampled, pr.MeanShift(), metrics)
+    known = set(distribution._REMEMBERED), set(cell_metrics._TABLES)
+    assert min(map(len, known)) > 0
+    within, calls = distribution.within, []
+    monkeypatch.setattr(distribution, "within", lambda x, kernel: calls.append(len(x)) or within(x, kernel))
+    _, outcome = scored(sampled, pr.NoChange(), metrics)
+    assert (set(distribution._REMEMBERED), set(cell_metrics._TABLES)) == known
+    conditions = len(outcome.predicted.rows)
+    # of predicted cells: for each condition energy (value and skill) and two spaces of MMD, and once for the ranks
+    assert len(calls) == (1 + HALVINGS) * conditions * 5
+
+
+def test_parts_of_cells_kept_elsewhere_give_the_values_of_those_kept_here(sampled, monkeypatch, tmp_path):
+    monkeypatch.setattr("perturbray.training.predict.PART_BYTES", 50 * 4 * len(sampled[1].genes) * 3)
+    parts = []
+
+    def keep(cells):
+        parts.append(tmp_path / f"{len(parts)}.npy")
+        np.save(parts[-1], cells)
+        return partial(np.load, parts[-1], mmap_mode="r")
+
+    here, there = (scored(sampled, pr.MeanShift(), CELL, keep=place)[0] for place in (Here, keep))
+    assert len(parts) > 2
+    for column in ("value", "value_half"):
+        np.testing.assert_array_equal(here[column], there[column])
+
+
+def test_lost_cells_are_no_failure_of_the_trial(sampled, tmp_path):
+    def lose():
+        raise LostCellsError("gone")
+
+    _, outcome = scored(sampled, pr.MeanShift(), CELL[:1])
+    lost = replace(outcome.predicted, sample=LazyCells((lose,) * len(outcome.predicted.rows)))
+    item = scoring.Scorable(key="k", name="n", columns={}, truth="t", predicted=lost, stratum=outcome.stratum)
+    with pytest.raises(LostCellsError):
+        scoring.score(item, {"t": sampled[3]}, folder=tmp_path, metrics=CELL[:1])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_error_of_a_metric_is_recorded_with_trial_metric_and_condition(sampled, tmp_path, monkeypatch):
+    _, outcome = scored(sampled, pr.MeanShift(), [Metric("rmse")])
+    item = scoring.Scorable(
+        key="k", name="mean_shift, seed 0", columns={}, truth="t", predicted=outcome.predicted, stratum=outcome.stratum
+    )
+    bad = outcome.predicted.mean[3]
+
+    def broken(predicted, observed):
+        if (predicted == bad).all(axis=-1).any():
+            raise ZeroDivisionError("no such luck")
+        return np.abs(predicted - observed).mean(axis=-1)
+
+    monkeypatch.setitem(SCORES._things, "broken", replace(SCORES["mae"], name="broken", function=broken))
+    with pytest.raises(MetricError):
+        scoring.score(item, {"t": sampled[3]}, folder=tmp_path, metrics=[Metric("broken")])
+    record = table.failed(tmp_path)["k"]
+    truth, row = sampled[3], outcome.predicted.rows[3]
+    label = ", ".join([*truth.contexts[truth.context[row]], truth.perturbation[row]])
+    assert record["name"] == "mean_shift, seed 0"
+    assert f"metric broken/average, condition {label}: ZeroDivisionError: no such luck" in record["error"]
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@
 (``des/wilcoxon``). Both read ``Prediction.cells``; the statistics are in ``distribution`` and ``expression``.
 """
 
+import hashlib
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from functools import partial
@@ -208,6 +209,13 @@ class CellMetric:
         parts = [prediction.cells.observed[k] for k in np.flatnonzero(prediction.context == context)]
         parts.append(prediction.cells.control[context])
         signature = np.concatenate([signatures(X, prediction.genes) for X in parts])
+        key = (signature, space.mean, space.loadings) if isinstance(space, distribution.PCA) else (signature,)
+        return float(
+            distribution.remembered(lambda: self._median(prediction, context, space, parts, signature), "sigma", *key)
+        )
+
+    @staticmethod
+    def _median(prediction: Prediction, context: int, space: Callable, parts: list, signature: np.ndarray) -> float:
         kept = np.zeros(len(signature), dtype=bool)
         kept[shuffled(signature, "bandwidth", *prediction.contexts[context])[:BANDWIDTH_CELLS]] = True
         masks = np.split(kept, np.cumsum([X.shape[0] for X in parts])[:-1])
@@ -325,11 +333,14 @@ def expression_tables(prediction: Prediction, test: str, failed: np.ndarray) -> 
         linear = np.expm1(dense(control)).mean(axis=0)
         tested = np.stack([_tested(prediction, row, linear, target_sum) for row in rows])
         sides = []
-        for side in (sample.predicted, sample.observed):
+        for side, test_of in (
+            (sample.predicted, _test),
+            (sample.observed, partial(_observed_test, genes=prediction.genes)),
+        ):
             sizes = [min(DE_CAP, sample.observed[row].shape[0], sample.predicted[row].shape[0]) for row in rows]
             members = [drawn(prediction, side[row], n, "expression", row) for row, n in zip(rows, sizes, strict=True)]
             folds = np.stack([_fold(side[row], linear, target_sum) for row in rows])
-            score, p = _test(members, control, test)
+            score, p = test_of(members, control, test)
             sides.append(expression.table(score, p, folds, tested))
         every, names = np.arange(len(prediction.genes)), np.asarray(prediction.genes)
         for position, row in enumerate(rows):
@@ -354,6 +365,25 @@ def _fold(X: Any, linear: np.ndarray, target_sum: float) -> np.ndarray:
 def _target_sum(control: tuple[Any, ...]) -> float:
     """Counts to which cells were normalised: the median over control cells of Σ expm1(X)."""
     return float(np.median(np.concatenate([np.expm1(dense(X)).sum(axis=1) for X in control])))
+
+
+_TABLES: dict[tuple, tuple[np.ndarray, np.ndarray]] = {}  # tests of observed cells; the oldest go first
+TABLE_BYTES = 256 << 20
+
+
+def _observed_test(
+    members: list[Any], control: Any, test: str, *, genes: tuple[str, ...]
+) -> tuple[np.ndarray, np.ndarray]:
+    """``_test`` of observed cells: once a process for all the predictions that are held against the same cells."""
+    content = (signatures(X, genes) for X in (*members, control))
+    key = (test, genes, *(hashlib.blake2b(part, digest_size=16).digest() for part in content))
+    if key not in _TABLES:
+        found = _test(members, control, test)
+        size = sum(part.nbytes for part in found)
+        while _TABLES and size + sum(p.nbytes for parts in _TABLES.values() for p in parts) > TABLE_BYTES:
+            _TABLES.pop(next(iter(_TABLES)))
+        _TABLES[key] = found
+    return _TABLES[key]
 
 
 def _test(members: list[Any], control: Any, test: str) -> tuple[np.ndarray, np.ndarray]:

@@ -12,7 +12,8 @@ import numpy as np
 from scipy import sparse
 
 from perturbray.errors import InputError
-from perturbray.metrics.calibration import Sizes, effect_sizes, with_variance
+from perturbray.metrics.anchors import Sizes, effect_sizes
+from perturbray.metrics.calibration import with_variance
 from perturbray.metrics.cell_metrics import CELL_METRICS, COMPONENTS
 from perturbray.metrics.cells import Cells, Comparison, Matrix, dense, group_sums, pseudobulk, shuffled, signatures
 from perturbray.metrics.conventions import Results, convention

@@ -7,10 +7,33 @@ import numpy as np
 import pandas as pd
 
 from perturbray.results import intervals
-from perturbray.results.anchors import INTERPOLATED, MEAN_RESPONSE, NO_CHANGE, REPLICATE, Anchors
+from perturbray.results.anchors import (
+    INTERPOLATED,
+    MEAN_RESPONSE,
+    NO_CHANGE,
+    REPLICATE,
+    WEAK_BETTER,
+    WEAK_RANGE,
+    Anchors,
+)
 from perturbray.results.cube import conditions_of
 from perturbray.results.scales import Scale
+from perturbray.results.sections import REACHING, grid
 from perturbray.results.summary import verdicts
+from perturbray.results.wording import NONE, VERDICTS, digits, interval, number
+
+__all__ = [
+    "ANCHORED",
+    "COLUMNS",
+    "INTERVALS",
+    "LEGEND",
+    "REACHING",
+    "SCALE",
+    "anchors",
+    "frames",
+    "scaled_texts",
+    "strata",
+]
 
 PREDICTION = "prediction"  # the one model of an evaluation
 MODELS = {PREDICTION: "model", NO_CHANGE: "no_change", MEAN_RESPONSE: "baseline"}  # our names -> those of `anchored`
@@ -47,6 +70,10 @@ def frames(
     keys = list(values.columns[: list(values.columns).index("metric")])
     conditions = values.loc[values["metric"] == names[0], keys].reset_index(drop=True)
     conditions.columns = [f"covariate.{name}" for name in keys[:-1]] + ["perturbation"]
+    _, context, perturbation = conditions_of(conditions)
+    place = {"context": context if macro else np.zeros_like(context), "perturbation": perturbation}
+    if not macro:  # conditions of one context, so that each weighs the same
+        conditions = pd.DataFrame({"perturbation": conditions.astype(str).agg("\x1f".join, axis=1)})
     table = np.stack([values.loc[values["metric"] == name, "value"].to_numpy(float) for name in names], axis=1)
     scales = {name: Scale.of(name) for name in names}
     for metric in metrics:
@@ -69,14 +96,98 @@ def frames(
     beside["effect_size"] = sizes.effect[beside["condition"]]
     beside["de_genes"] = sizes.de_genes[beside["condition"]]
     anchors = Anchors.of(rows, beside, scales=scales, failed=_failed(values))
-    _, context, perturbation = conditions_of(conditions)
-    context = context if macro else np.zeros_like(context)
-    place = {"context": context, "perturbation": perturbation}
     frame = _intervals(names, table, place)
     strata = anchors.effects[anchors.effects["series"] == PREDICTION].drop(columns="series").reset_index(drop=True)
     if not found:
         return frame, strata
     return frame.merge(_anchored(names, anchors, found, scales, place), on="metric", how="left")[COLUMNS], strata
+
+
+SCALE = """The prediction u, the mean response b, which knows nothing of the single perturbation, no change, and a
+replicate r, where one half of a condition's observed cells predicts the other, are all held against the same halves, five
+times over, so values differ from those above. For metrics of cells the mean response is control cells plus its mean
+effect. The scaled score (u − b)/(r − b) is 0 as good as the mean response and 1 as
+good as a replicate. It is given only where the replicate is better than the mean response by more than 2 standard errors
+over conditions; elsewhere the metric is uncalibrated."""
+
+LEGEND = "scaled: 0 as good as the mean response, 1 as good as a replicate; ⚠ the metric says little on these data"
+
+_STRATA = {
+    "effect": "Thirds of the conditions by the distance between condition and control: the energy statistic with squared "
+    "distances, without the bias of few cells.",
+    "de_genes": "By the number of genes that respond: Welch's test of the observed cells against control, "
+    "Benjamini-Hochberg q < 0.05.",
+    "saturated": "By what the mean response already solves: saturated are the conditions, for each metric its own, in which "
+    "it goes at least 0.9 of the way from no change to the replicate.",
+}
+
+
+def scaled_texts(calibration: pd.DataFrame | None) -> dict[str, str]:
+    """The scaled score of each metric in a few characters; empty without anchors."""
+    if calibration is None or "scaled" not in calibration:
+        return {}
+    return {
+        row["metric"]: f"{'⚠ ' if row['weak'] is True else ''}{number(row['scaled'], 2)}"
+        for row in calibration.to_dict("records")
+    }
+
+
+def anchors(calibration: pd.DataFrame | None, summary: pd.DataFrame) -> list[dict]:
+    """Two tables: where the prediction stands between the anchors, and what the metrics can say on these data."""
+    if calibration is None or "scaled" not in calibration:
+        return []
+    places = {row.metric: digits(row.value) for row in summary.itertuples()}
+    stands, says = [], []
+    for row in calibration[calibration["anchored_conditions"].notna()].to_dict("records"):
+        at, count = places[row["metric"]], int(row["anchored_conditions"])
+        levels = [number(row[name], at) for name in ("half", NO_CHANGE, "mean_response", REPLICATE, INTERPOLATED)]
+        scaled = number(row["scaled"], 2) if not row["scaled_status"] else row["scaled_status"].replace("_", " ")
+        stands.append([row["metric"], *levels, scaled, "◆ reaches the replicate" if row["reaches"] is True else ""])
+        gap = f"{VERDICTS[row['verdict']]} {number(row['difference'], at, sign=True)}"
+        gap = f"{gap} {interval(row['difference_low'], row['difference_high'], at)}".strip()
+        shares = [number(row[name], 2) for name in ("dynamic_range", "better")]
+        weak = "⚠ says little here" if row["weak"] is True else ""
+        says.append([row["metric"], gap, *shares, f"{int(row['saturated'])} of {count}", weak])
+    return [
+        grid(
+            stands,
+            caption="Means over the conditions that have all anchors.",
+            columns=["metric", "prediction", "no change", "mean response", "replicate", "interpolated", "scaled", ""],
+            align=["", *["n"] * 6, "lines"],
+        ),
+        grid(
+            says,
+            caption="Against the mean response: the prediction minus it, with the paired 95 % interval; ▲ better, ▼ worse, "
+            "≈ cannot be told. Dynamic range: the share of the way from the mean response to a perfect prediction that the "
+            "interpolated duplicate (the replicate, where a metric of cells has none) covers. Better: the share of "
+            "conditions in which it beats the mean response (chance 0.5). Below "
+            f"{WEAK_RANGE} or {WEAK_BETTER} a metric is marked. Saturated: conditions that the mean response solves.",
+            columns=["metric", "against the mean response", "dynamic range", "better", "saturated", "note"],
+            align=["", *["n"] * 4, ""],
+        ),
+    ]
+
+
+def strata(frame: pd.DataFrame | None, summary: pd.DataFrame) -> list[dict]:
+    """A table for each way to part conditions: a row a metric, a column a stratum."""
+    if frame is None:
+        return []
+    places = {row.metric: digits(row.value) for row in summary.itertuples()}
+    tables = []
+    for by, caption in _STRATA.items():
+        part = frame[frame["by"] == by]
+        names = list(dict.fromkeys(part["stratum"]))
+        means = {(row.stratum, row.metric): (row.mean, row.conditions) for row in part.itertuples()}
+        rows = []
+        for metric, at in places.items():
+            found = [means.get((name, metric), (np.nan, 0)) for name in names]
+            rows.append([metric, *[f"{number(mean, at)} ({count})" if count else NONE for mean, count in found]])
+        caption += " Means of the prediction against all observed cells; in brackets the conditions that have a value."
+        named = [
+            name.replace("-", " to ").replace(">=", "≥ ") + (" genes" if by == "de_genes" else "") for name in names
+        ]
+        tables += [grid(rows, caption=caption, columns=["metric", *named], align="n")] if names else []
+    return tables
 
 
 def _long(

@@ -12,9 +12,10 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from perturbray.results import calibration as calibrated
 from perturbray.results import page, table
 from perturbray.results.sections import grid, shown
-from perturbray.results.wording import NONE, number
+from perturbray.results.wording import NONE, digits, interval, number
 
 DOTS = 400  # drawn of a metric; of more conditions, evenly spaced ones in the order of their values
 WIDTH, HEIGHT, LEFT, EDGE = 320, 130, 52, 8  # of a plot, in its own units
@@ -44,9 +45,13 @@ def write_evaluation(
     summary: pd.DataFrame,
     *,
     notes: Mapping[str, object],
+    calibration: pd.DataFrame | None = None,
+    strata: pd.DataFrame | None = None,
     title: str = "How near are the predicted cells to the observed ones?",
 ) -> Path:
     """Write ``metrics.parquet``, ``metrics.csv``, ``summary.csv`` and ``report.html``, each atomically; returns the page.
+
+    With ``calibration`` and ``strata``, the frames of ``results.calibration``, also ``calibration.csv`` and ``strata.csv``.
 
     ``values``: a row a condition and metric, with a column a covariate, the perturbation, then ``metric``, ``value``,
     ``status``, ``n_obs``, ``n_pred`` and ``convention``. ``summary``: a row a metric, with ``value`` (the convention's
@@ -59,35 +64,56 @@ def write_evaluation(
     table.write_parquet(folder / "metrics.parquet", content)
     table.replace_file(folder / "metrics.csv", lambda path: plain.to_csv(path, index=False))
     table.replace_file(folder / "summary.csv", lambda path: summary[["metric", "value"]].to_csv(path, index=False))
-    text = render_evaluation(values, summary, notes=notes, title=title)
+    for name, frame in (("calibration.csv", calibration), ("strata.csv", strata)):
+        if frame is None:
+            (folder / name).unlink(missing_ok=True)  # of an evaluation before, which this one replaces
+        else:
+            table.replace_file(folder / name, lambda path, frame=frame: frame.to_csv(path, index=False))
+    text = render_evaluation(values, summary, notes=notes, title=title, calibration=calibration, strata=strata)
     path = folder / "report.html"
     table.replace_file(path, lambda target: target.write_text(text, encoding="utf-8"))
     return path
 
 
-def render_evaluation(values: pd.DataFrame, summary: pd.DataFrame, *, notes: Mapping[str, object], title: str) -> str:
+def render_evaluation(
+    values: pd.DataFrame,
+    summary: pd.DataFrame,
+    *,
+    notes: Mapping[str, object],
+    title: str,
+    calibration: pd.DataFrame | None = None,
+    strata: pd.DataFrame | None = None,
+) -> str:
     """The page as text."""
     names = condition_columns(values)
     statuses = _statuses(values)
     conditions = values[names].drop_duplicates()
     kinds = [f"{conditions[name].nunique():,} of {name}" for name in names] if len(names) > 1 else []
     plots = [_plot(metric, part, names) for metric, part in values.groupby("metric", sort=False, observed=True)]
+    anchors = calibrated.anchors(calibration, summary)
+    parts = calibrated.strata(strata, summary)
     sections = [
-        ("summary", "Summary"),
-        ("conditions", "Conditions"),
-        ("notes", "How it was scored"),
-        ("repeat", "Repeat it"),
+        ("summary", "Summary", True),
+        ("anchors", "Floor and ceiling", anchors),
+        ("effects", "By effect", parts),
+        ("conditions", "Conditions", True),
+        ("statuses", "Reasons", statuses),
+        ("notes", "How it was scored", True),
+        ("repeat", "Repeat it", True),
     ]
-    if statuses:
-        sections.insert(2, ("statuses", "Reasons"))
     view = {
         "style": Markup(page.STYLE),
         "title": title,
         "convention": ", ".join(map(str, values["convention"].unique())),
         "conditions": _count(len(conditions)) + (f" ({', '.join(kinds)})" if kinds else ""),
         "written": datetime.now(UTC),
-        "sections": sections,
-        "summary": _summary(summary),
+        "sections": [(anchor, name) for anchor, name, present in sections if present],
+        "summary": _summary(summary, calibration),
+        "anchors": anchors,
+        "anchors_text": calibrated.SCALE,
+        "reaching": calibrated.REACHING,
+        "strata": parts,
+        "further": calibration is not None,
         "plots": plots,
         "plots_caption": "A dot is a condition, in the order of its value; the dashed line is the median. "
         "The name of a condition shows where the pointer rests on its dot.",
@@ -99,19 +125,25 @@ def render_evaluation(values: pd.DataFrame, summary: pd.DataFrame, *, notes: Map
     return _TEMPLATE.render(view)
 
 
-def terminal_evaluation(summary: pd.DataFrame, notes: Mapping[str, object]) -> Group:
+def terminal_evaluation(
+    summary: pd.DataFrame, notes: Mapping[str, object], calibration: pd.DataFrame | None = None
+) -> Group:
     """The summary as something that rich prints: ``console.print(terminal_evaluation(summary, notes))``."""
+    scaled = calibrated.scaled_texts(calibration)
     board = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     board.add_column("metric", overflow="fold")
-    for name in ("value", "median", "sd", *_COUNTS.values()):
+    beside = ("scaled",) if scaled else ("median", "sd")  # as much as 80 columns hold
+    for name in ("value", *beside, *_COUNTS.values()):
         board.add_column(name, justify="right", no_wrap=True)
     for row in summary.to_dict("records"):
         counts = [str(row[name]) for name in _COUNTS]
         style = "red" if row["n_failed"] else ""
-        numbers = [number(row[name], _digits(row)) for name in ("median", "sd")]
+        numbers = [
+            scaled.get(row["metric"], NONE) if name == "scaled" else number(row[name], _digits(row)) for name in beside
+        ]
         value = Text(number(row["value"], _digits(row)), style="bold")
         board.add_row(Text(str(row["metric"])), value, *numbers, *counts, style=style)
-    lines = [Text(text, style="dim") for text in sentences(notes)]
+    lines = [Text(text, style="dim") for text in [*sentences(notes), *([calibrated.LEGEND] if scaled else [])]]
     pairs = [f"{name}: {value}" for name, value in facts(notes)]
     return Group(board, Text(), *lines, *([Text("; ".join(pairs), style="dim")] if pairs else []))
 
@@ -154,22 +186,29 @@ def _named(labels: object) -> str:
 
 
 def _digits(row: Mapping) -> int:
-    """Digits after the point: three significant ones of the mean, at least 3 and at most 6."""
-    value = abs(row["value"])
-    return int(np.clip(2 - np.floor(np.log10(value)), 3, 6)) if np.isfinite(value) and value > 0 else 3
+    return digits(row["value"])
 
 
-def _summary(summary: pd.DataFrame) -> dict | None:
-    names = ("value", "macro", "pooled", "median", "sd")
-    rows = [
-        [row["metric"], *[number(row[name], _digits(row)) for name in names], *[row[name] for name in _COUNTS]]
-        for row in summary.to_dict("records")
-    ]
+def _summary(summary: pd.DataFrame, calibration: pd.DataFrame | None) -> dict | None:
+    names = ("macro", "pooled", "median", "sd")
+    known = {} if calibration is None else calibration.set_index("metric")[["low", "high"]].to_dict("index")
+    rows = []
+    for row in summary.to_dict("records"):
+        places = _digits(row)
+        ends = known.get(row["metric"])
+        spread = [interval(ends["low"], ends["high"], places, sign=False) or NONE] if ends else []
+        rest = [number(row[name], places) for name in names]
+        rows.append([row["metric"], number(row["value"], places), *spread, *rest, *[row[name] for name in _COUNTS]])
     return grid(
         rows,
-        caption="Value: the mean that the convention reports. Macro: the mean over contexts of their means. Pooled: each "
+        caption="Value: the mean that the convention reports"
+        + (
+            ", with its 95 % interval over conditions (paired bootstrap, perturbations drawn with all contexts)"
+            * bool(known)
+        )
+        + ". Macro: the mean over contexts of their means. Pooled: each "
         "condition counts the same. Undefined: the observation gives no value; macro, pooled, median and sd leave it out.",
-        columns=["metric", *names, *_COUNTS.values()],
+        columns=["metric", "value", *(["95 % interval"] if known else []), *names, *_COUNTS.values()],
         align="n",
     )
 

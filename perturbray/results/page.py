@@ -39,6 +39,7 @@ thead th { border-bottom: 2px solid var(--ink); vertical-align: bottom; font-wei
 thead th small { display: block; font-weight: normal; color: var(--soft); }
 tbody th { font-weight: 600; }
 td.n, th.n { text-align: right; }
+td.n { white-space: nowrap; }
 td.lines { white-space: pre; font-size: .8125rem; padding-right: 1rem; }
 .board { width: 100%; table-layout: fixed; min-width: 48rem; }
 .board th:first-child { width: 10.5rem; overflow-wrap: anywhere; }
@@ -300,6 +301,17 @@ EVALUATION = """\
 </ul></nav>
 </header>
 <section id="summary"><h2>Summary</h2>{{ grid(summary) }}</section>
+{% if anchors %}
+<section id="anchors"><h2>Floor and ceiling</h2>
+<p class="soft">{{ anchors_text }}</p>
+{% for frame in anchors %}{{ grid(frame) }}{% endfor %}
+<p class="soft">{{ reaching }}</p></section>
+{% endif %}
+{% if strata %}
+<section id="effects"><h2>By size of effect</h2>
+{% for frame in strata %}{{ grid(frame) }}{% endfor %}
+</section>
+{% endif %}
 <section id="conditions"><h2>Condition by condition</h2>
 <p class="soft">{{ plots_caption }}</p>
 <div class="plots">
@@ -315,7 +327,8 @@ EVALUATION = """\
 <section id="repeat"><h2>Repeat it</h2>
 {% if command %}<pre tabindex="0"><code>{{ command }}</code></pre>{% endif %}
 <p class="soft">All values are in metrics.csv and metrics.parquet, a row a condition and metric; the means are in
-summary.csv.</p></section>
+summary.csv{% if further %}, intervals and anchors in calibration.csv, means by size of effect in strata.csv{% endif %}.</p>
+</section>
 </main>
 </body>
 </html>

@@ -26,12 +26,9 @@ SCALED = """Scaled: 0 as good as the mean response, 1 as good as a replicate (se
 
 SCALE = """A scaled score (u − b)/(r − b) puts a model u between the mean response b, which knows nothing of the single
 perturbation, and a replicate r, where one half of a condition's observed cells predicts the other. All three are held
-against the same halves, five times over. It is given only where the replicate is better than the mean response by more
-than 2 standard errors over conditions; elsewhere the metric is uncalibrated."""
-
-REACHING = """◆ A model that reaches the replicate is not without error. A half has n/2 cells, so the replicate carries the
-noise of few cells, while a model that pools many cells averages more of it away. The interpolated duplicate, which takes
-the replicate where a gene surely responds and the mean response elsewhere, has less of that noise."""
+against the same halves, five times over. For metrics of cells the mean response is control cells plus its mean effect,
+since a mean without noise is far from any cells. The score is given only where the replicate is better than the mean
+response by more than 2 standard errors over conditions; elsewhere the metric is uncalibrated."""
 
 
 def write_report(folder: str | Path, *, reader: table.Reader | None = None, png: bool | None = None) -> Path:
@@ -103,7 +100,7 @@ def _view(
         "scaled_figure": Markup(_themed(_apart(scaled))) if scaled else None,
         "scaled_caption": sections.scaled_caption(summary) if scaled else "",
         "scaled_text": " ".join(SCALE.split()),
-        "reaching": REACHING,
+        "reaching": sections.REACHING,
         "bounds": bounds,
         "controls": controls,
         "effects": sections.effects(summary),

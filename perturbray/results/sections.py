@@ -18,7 +18,12 @@ from perturbray.results.scales import Scale
 from perturbray.results.summary import COMMON, Summary
 from perturbray.results.wording import NONE, VERDICTS, cells, decimals, interval, level_name, number
 
+WIDTH = 3  # metrics side by side in a leaderboard
 LISTED = 500  # trials named on the page; a larger plan is in sweep.json
+
+REACHING = """◆ A model that reaches the replicate is not without error. A half has n/2 cells, so the replicate carries the
+noise of few cells, while a model that pools many cells averages more of it away. The interpolated duplicate, which takes
+the replicate where a gene surely responds and the mean response elsewhere, has less of that noise."""
 
 _RANKS = "Ranks: the share of other conditions whose prediction is nearer to the observation (0.5 is chance)"
 
@@ -56,12 +61,14 @@ def levels(summary: Summary, *, stratum: str = COMMON) -> list[dict]:
 
 
 def _groups(summary: Summary, level: object, *, stratum: str) -> list[dict]:
-    """One table of scores and one of ranks: side by side they would not fit a page."""
+    """Tables of scores, then of ranks, of a few metrics each: side by side they would not fit a page."""
     scores = [name for name in summary.headline if not name.endswith("/rank")]
     ranks = [name for name in summary.headline if name.endswith("/rank")]
+    kinds = (("Scores", scores), (_RANKS, ranks))
+    tables = [(title, found[at : at + WIDTH]) for title, found in kinds for at in range(0, len(found), WIDTH)]
     order, baselines = summary.order(level), summary.baselines
     groups = []
-    for caption, metrics in (("Scores", scores), (_RANKS, ranks)):
+    for caption, metrics in tables:
         found = cells(summary, level, metrics, stratum=stratum) if metrics else {}
         rows = [
             {"series": series, "cells": [found[series].get(metric) for metric in metrics]}
@@ -330,7 +337,9 @@ def grid(rows: list[list], *, caption: str, columns: list[str], align: str | lis
 
 
 def _heads(scales: list[Scale]) -> list[str]:
-    return [f"{scale.title}\N{NO-BREAK SPACE}{scale.arrow}" for scale in scales]
+    titles = [scale.title for scale in scales]
+    named = [f"{s.title} ({s.effect})" if titles.count(s.title) > 1 else s.title for s in scales]
+    return [f"{name}\N{NO-BREAK SPACE}{scale.arrow}" for name, scale in zip(named, scales, strict=True)]
 
 
 def _columns(planned: list[dict]) -> pd.DataFrame:

@@ -169,7 +169,8 @@ def read_reference(folder: str | Path) -> pd.DataFrame | None:
 
 def write_anchor(folder: str | Path, key: str, *, rows: Mapping[str, Sequence]) -> Path:
     """Store anchors (replicate, interpolated duplicate) of one set of test conditions, in the long form of a trial with
-    ``reference`` naming them; their values are held against ``value_half`` of trials.
+    ``reference`` naming them; their values are held against ``value_half`` of trials. ``effect_size`` and ``de_genes`` say
+    how much is observed of the condition, -1 genes where that cannot be tested.
     """
     place = Path(folder) / ANCHORS
     place.mkdir(exist_ok=True)

@@ -43,6 +43,12 @@ def decimals(summary: Summary, metric: str) -> int:
     return int(np.clip(1 - np.floor(np.log10(np.median(widths))), 2, 4))
 
 
+def digits(value: float) -> int:
+    """Digits after the point: three significant ones of a value, at least 3 and at most 6."""
+    value = abs(value)
+    return int(np.clip(2 - np.floor(np.log10(value)), 3, 6)) if np.isfinite(value) and value > 0 else 3
+
+
 def number(value: float, digits: int, *, sign: bool = False) -> str:
     """Fixed digits with a true minus; an en dash where there is no number."""
     if value is None or np.isnan(value):
@@ -143,7 +149,8 @@ def _best(summary: Summary, level: object, metric: str) -> str:
     tied = list(models["series"][1:][models["place"].iloc[1:] == best["place"]])
     open_to = f" (not told apart from {_listed(tied)})" if tied else ""
     mean = number(best["mean"], digits)
-    text = f"At {level_name(summary, level)} the best {scale.short} of a model is {mean}, by {best['series']}{open_to}"
+    by = f"is {mean}, by {best['series']}{open_to}"
+    text = f"At {level_name(summary, level)} the best {_short(summary, metric)} of a model {by}"
     if not isinstance(best["reference"], str):
         return f"{text}; no baseline has finished to compare it with."
     counts = f"{_number_of(best['seeds'], 'seed')}, {_number_of(best['difference_conditions'], 'condition')}"
@@ -169,7 +176,7 @@ def _change(summary: Summary, metric: str) -> str:
         return ""
     row = changes.iloc[0]
     start, end = (level_name(summary, row[name]) for name in ("from_level", "to_level"))
-    what = f"From {start} to {end.rpartition(' ')[2]} the {scale.short} of {row['series']}"
+    what = f"From {start} to {end.rpartition(' ')[2]} the {_short(summary, metric)} of {row['series']}"
     counts = f"{_number_of(row['seeds'], 'seed')}, {_number_of(row['conditions'], 'condition')}"
     if not row["verdict"]:
         return f"{what} changes by {number(row['change'], digits, sign=True)} (no interval; {counts})."
@@ -177,6 +184,13 @@ def _change(summary: Summary, metric: str) -> str:
     if row["verdict"] == "tie":
         return f"{what} changes by {gap}, which cannot be told from no change ({spread}; {counts})."
     return f"{what} {'rises' if row['change'] > 0 else 'falls'} by {gap} ({spread}; {counts})."
+
+
+def _short(summary: Summary, metric: str) -> str:
+    """The score inside a sentence, with what it is taken on where another score of the headline has its title."""
+    scale = summary.scales[metric]
+    alike = [name for name in summary.headline if summary.scales[name].title == scale.title]
+    return f"{scale.short} ({scale.effect})" if len(alike) > 1 else scale.short
 
 
 def _size(value: float, low: float, high: float, digits: int, verdict: str) -> tuple[str, str]:

@@ -67,6 +67,7 @@ def predict(
                 )
                 for i, one, stop in zip(part, asked, stops, strict=True):
                     kept[i] = Slice(cells, int(stop) - len(one.held), int(stop))
+            del asked  # before the next part is made
     sizes = np.array([len(rows) for rows in truth.control_rows])
     return Predicted(
         rows=positions,

@@ -15,6 +15,7 @@ import pytest
 import small
 from pandas.testing import assert_frame_equal
 
+from perturbray.metrics.metric import Metric
 from perturbray.results import table
 
 pytestmark = pytest.mark.slow
@@ -233,6 +234,39 @@ def test_a_trial_whose_process_is_killed_completes(ray_session, small_screen, tm
     assert (tmp_path / "killed").exists()
     assert ran == 3
     assert table.finished(tmp_path / "out") == set(plan.trials)
+
+
+LETHAL_ONCE = """
+import os
+import signal
+from pathlib import Path
+
+import numpy as np
+
+from perturbray.metrics import score
+
+
+@score("lethal", best=0.0, higher_is_better=False)
+def lethal(predicted, observed):
+    flag = Path({flag!r})
+    if not flag.exists():
+        flag.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return np.abs(predicted - observed).mean(axis=-1)
+"""
+
+
+def test_trials_whose_scorer_is_killed_with_their_predicted_cells_are_run_again(ray_session, small_screen, tmp_path):
+    import perturbray as pr
+
+    deadly = small.plugin(LETHAL_ONCE.format(flag=str(tmp_path / "killed")), "deadly")
+    metrics = (Metric("lethal"), Metric.parse("energy/pca"))
+    sweep = small.sweep(small_screen, (pr.NoChange(), pr.MeanShift()), metrics=metrics, cells=20)
+    _, plan = small.run(sweep, tmp_path / "out", plugins=[deadly])
+    assert (tmp_path / "killed").exists()
+    assert table.finished(tmp_path / "out") == set(plan.trials)
+    assert not list((tmp_path / "out").glob("*.failed.json"))
+    assert table.read(tmp_path / "out")["value"].notna().all()
 
 
 def test_ray_starts_also_where_it_was_imported_before(tmp_path):

@@ -6,10 +6,12 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import ray
 
 from perturbray.metrics.pool import WAITING, NoScorerError, Pool
+from perturbray.prediction import LostCellsError
 
 
 def start(actors: int) -> Pool:
@@ -123,6 +125,28 @@ def test_a_scorer_whose_process_died_comes_back(pool, tmp_path):
     pool.submit("trial", item(NOTE_PROCESS, path=tmp_path / "done"), turn=0)
     assert pool.drain() == ([], 0)
     assert (tmp_path / "done").read_text() not in map(str, before)
+
+
+def test_what_a_scorer_keeps_outlives_its_sender_and_comes_back(pool):
+    @ray.remote(num_cpus=0)
+    def trial(pool):
+        return [pool.keep("trial", np.full((3, 4), number), turn=number) for number in range(3)]
+
+    for number, kept in enumerate(ray.get(trial.remote(pool))):
+        np.testing.assert_array_equal(kept(), np.full((3, 4), number))
+
+
+def test_what_a_dead_scorer_kept_is_told_to_be_lost(pool, tmp_path):
+    here = processes(pool, tmp_path)
+    kept = [pool.keep("trial", np.ones(300_000), turn=turn) for turn in range(2)]
+    os.kill(here[0], signal.SIGKILL)
+    for _ in range(600):
+        if processes(pool, tmp_path)[0] != here[0]:
+            break
+        time.sleep(0.1)
+    assert kept[1]().sum() == 300_000
+    with pytest.raises(LostCellsError, match="scorer"):
+        kept[0]()
 
 
 def test_a_scorer_killed_for_good_is_counted_and_replaced_and_others_take_its_turn(ray_session, tmp_path):

@@ -15,8 +15,10 @@ from perturbray import engine
 from perturbray.cluster import Placement
 from perturbray.data import store
 from perturbray.data.splits import TEST
+from perturbray.metrics.metric import Metric
 from perturbray.plan import Plan
 from perturbray.results import table
+from perturbray.results.summary import summarise
 from perturbray.trial import run as run_here
 
 OWN_MODEL = """
@@ -127,6 +129,43 @@ def test_scoring_inline_gives_the_table_of_the_pool_to_the_last_digit(finished, 
     monkeypatch.setattr(engine, "place", lambda *_, **__: inline)
     small.run(plan.sweep, tmp_path / "small")
     assert_frame_equal(small.stable(folder), small.stable(tmp_path / "small"), check_exact=True)
+
+
+@pytest.fixture(scope="module")
+def with_cells(ray_session, small_screen, tmp_path_factory):
+    """Metrics of cells and of linear means: (sweep, folder)."""
+    metrics = [Metric.parse(name) for name in ("rmse/average", "energy/pca", "cosine/logfc")]
+    models = (pr.NoChange(), pr.PerturbedMean(), pr.MeanShift())
+    sweep, folder = (
+        small.sweep(small_screen, models, metrics=metrics, cells=30),
+        tmp_path_factory.mktemp("cells") / "small",
+    )
+    small.run(sweep, folder, events=(events := small.Record()))
+    assert any("target sum" in line for line in events.lines)
+    return sweep, folder
+
+
+def test_cells_and_linear_means_are_scored_inline_as_by_the_pool_to_the_last_digit(with_cells, tmp_path, monkeypatch):
+    sweep, folder = with_cells
+    inline = Placement(at_once=1, trial_cpus=1.0, trial_gpus=0.0, scorers=0)
+    monkeypatch.setattr(engine, "place", lambda *_, **__: inline)
+    small.run(sweep, tmp_path / "small")
+    pooled = small.stable(folder)
+    assert_frame_equal(pooled, small.stable(tmp_path / "small"), check_exact=True)
+    assert_frame_equal(table.read_anchors(folder), table.read_anchors(tmp_path / "small"), check_exact=True)
+    assert set(pooled["cells_cap"]) == {30}
+    assert set(pooled["cells_seed"]) == {0}
+
+
+def test_metrics_of_cells_are_on_the_page_with_floor_and_ceiling(with_cells):
+    _, folder = with_cells
+    summary = summarise(table.read(folder), table.read_plan(folder), anchors=table.read_anchors(folder))
+    for metric in ("energy/pca", "cosine/logfc"):
+        bounds = summary.anchors.bounds.set_index("metric").loc[metric]
+        assert bounds[["no_change", "perturbed_mean", "split_half"]].notna().all()
+        scaled = summary.anchors.scaled.set_index(["metric", "series"]).loc[(metric, "perturbed_mean")]
+        assert scaled["half"] == scaled["baseline_half"]
+    assert {"effect", "de_genes"} <= set(summary.anchors.effects["by"])
 
 
 def test_two_runs_give_equal_tables_and_the_file_is_opened_as_often_for_two_trials_as_for_six(

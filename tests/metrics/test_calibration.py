@@ -5,22 +5,8 @@ import pytest
 from test_conventions import OPTIONS, small
 
 from perturbray.metrics import Metric
-from perturbray.metrics.calibration import (
-    additive,
-    better_share,
-    calibrate,
-    dynamic_range_fraction,
-    halve,
-    intervals,
-    mean_response,
-    no_change,
-    null,
-    perfect,
-    replicates,
-    scaled_score,
-    strata_by_distance,
-    strata_by_genes,
-)
+from perturbray.metrics.anchors import additive, halve, mean_response, no_change, null, perfect, replicates
+from perturbray.metrics.calibration import better_share, calibrate, dynamic_range_fraction, intervals, scaled_score
 from perturbray.metrics.cells import compare
 from perturbray.metrics.standard import prediction_of
 
@@ -142,11 +128,6 @@ def test_the_dynamic_range_is_the_share_of_the_way_to_the_best():
 def test_ties_count_half_in_the_share_of_better_conditions():
     assert better_share(np.array([1.0, 2, 3, np.nan]), np.array([0.0, 2, 4, 1]), higher_is_better=True) == 0.5
     assert better_share(np.array([1.0, 2]), np.array([2.0, 3]), higher_is_better=False) == 1
-
-
-def test_strata_are_by_observed_effect_only():
-    assert strata_by_genes(np.array([0, 1, 9, 10, 99, 100])).tolist() == ["0", "1-9", "1-9", "10-99", "10-99", ">=100"]
-    assert strata_by_distance(np.arange(9)).tolist() == ["weak"] * 3 + ["medium"] * 3 + ["strong"] * 3
 
 
 def test_intervals_cover_the_mean_and_pairs_are_tighter_than_each():

@@ -1,5 +1,9 @@
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -125,6 +129,60 @@ def test_the_order_of_conditions_does_not_matter(name):
     order = [3, 0, 5, 2, 1, 4]
     values, again = evaluated(name, sample(error=0.5))[0], evaluated(name, rows_of_sample(*order))[0]
     np.testing.assert_allclose(again, values[order], rtol=1e-7, atol=1e-10)
+
+
+@every
+def test_the_order_of_cells_does_not_matter(name):
+    values, again = evaluated(name, sample(error=0.5))[0], evaluated(name, turned())[0]
+    np.testing.assert_allclose(again, values, rtol=1e-7, atol=1e-10)
+
+
+@lru_cache
+def turned() -> Prediction:
+    """The same cells in another order."""
+    cells, rng = sample(error=0.5).cells, np.random.default_rng(4)
+    sides = {
+        side: tuple(X[rng.permutation(X.shape[0])] for X in getattr(cells, side))
+        for side in ("predicted", "observed", "control")
+    }
+    return replace(sample(error=0.5), cells=replace(cells, **sides))
+
+
+def test_neither_hash_seed_nor_threads_change_a_value(tmp_path):
+    """Cell metrics, metrics of means and a calibration in processes of their own."""
+    found = []
+    for seed, threads in (("0", "1"), ("1", "2"), ("2", "1"), ("42", "4")):
+        environment = {
+            **os.environ,
+            "PYTHONHASHSEED": seed,
+            "OMP_NUM_THREADS": threads,
+            "OPENBLAS_NUM_THREADS": threads,
+        }
+        environment["PYTHONPATH"] = os.pathsep.join([str(HERE), str(HERE.parents[1])])
+        told = subprocess.run(
+            [sys.executable, "-c", EVERYTHING], env=environment, capture_output=True, text=True, check=True
+        )
+        found.append(told.stdout)
+    assert len(found[0].split()) > 100
+    assert len(set(found)) == 1
+
+
+HERE = Path(__file__).parent
+EVERYTHING = """
+from test_cell_metrics import CELL_METRICS, sample
+from test_conventions import OPTIONS, small
+from perturbray.metrics import METRICS, evaluate
+from perturbray.metrics.calibration import calibrate
+from perturbray.metrics.cells import compare
+from perturbray.metrics.standard import prediction_of
+
+memo, prediction = {}, sample(error=0.5)
+for metric in CELL_METRICS.values():
+    print(metric.name, *map(repr, metric.evaluate(prediction, memo)[0].tolist()))
+comparison = compare(small(0), small(1), **OPTIONS)
+chosen = [METRICS["cosine/delta_ctrl"], METRICS["rmse/average/rank"], CELL_METRICS["energy/pca"]]
+print(calibrate(prediction_of(comparison), comparison, chosen, splits=2).to_csv())
+"""
 
 
 def test_a_shared_memo_changes_nothing():

@@ -304,3 +304,23 @@ def test_perturbench_values_and_ranks_are_reproduced(case, aggregation, metric):
     for direction, column in (("obs", "rank_half_ties"), ("pred", "rank_transpose_half_ties")):
         rank = replace(metric, rank=True, direction=direction, exclude="none")
         np.testing.assert_allclose(rank.evaluate(prediction)[0], expected[column], atol=1e-12)
+
+
+def test_an_error_names_the_metric_and_the_condition_and_keeps_its_kind(make_screen):
+    prediction = make_screen()
+    bare = replace(prediction, predicted=replace(prediction.predicted, linear=None))
+    with pytest.raises(
+        InputError, match=r"metric cosine/logfc, condition type 0, G0\+G1: InputError: effect 'logfc' needs"
+    ):
+        score_prediction(bare, [Metric("rmse"), Metric("cosine", "logfc")])
+
+
+def test_linear_means_that_overflow_are_a_failed_prediction(make_screen):
+    prediction = make_screen()
+    linear = prediction.predicted.linear.copy()
+    linear[3, 1] = np.inf
+    broken = replace(prediction, predicted=replace(prediction.predicted, linear=linear))
+    values, status = Metric("cosine", "logfc").evaluate(broken)
+    assert (status[3], values[3]) == ("failed_prediction", -1)
+    assert (np.delete(values, 3) == 1).all()
+    assert (Metric("rmse").evaluate(broken)[1] == "").all()

@@ -2,6 +2,7 @@
 
 import io
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -9,7 +10,9 @@ import pytest
 from rich.console import Console
 from test_results_report import Page
 
+from perturbray.metrics import Metric
 from perturbray.metrics.conventions import aggregate
+from perturbray.results.calibration import frames
 from perturbray.results.evaluation import DOTS, terminal_evaluation, write_evaluation
 
 NOTES = {
@@ -148,3 +151,66 @@ def test_the_terminal_prints_every_metric_its_value_and_the_notes():
     assert "PCA fitted on: observed cells" in text
     assert "= 0.09" in text
     assert json.dumps(NOTES["command"]) not in text
+
+
+def calibration_of(values):
+    """Frames of a prediction between its anchors: half as far from the truth as the mean response, in every condition."""
+    names = list(dict.fromkeys(values["metric"]))
+    count = int((values["metric"] == names[0]).sum())
+    rng = np.random.default_rng(5)
+    base, found = rng.uniform(0.5, 0.6, count), {}
+    for anchor, share in (
+        ("no_change", 1.0),
+        ("baseline", 0.9),
+        ("model", 0.5),
+        ("replicate", 0.1),
+        ("interpolated", 0.1),
+    ):
+        found[anchor] = {"rmse/average": share * base, "cosine/delta_ctrl": 1 - share * base}
+    metrics = [Metric.parse(name) for name in names]
+    sizes = SimpleNamespace(effect=np.linspace(-0.1, 5, count), de_genes=np.repeat([-1, 0, 9, 500], count // 4))
+    return frames(values, found, metrics, sizes=sizes, macro=True)
+
+
+def test_the_page_shows_where_the_prediction_stands_between_its_anchors(tmp_path):
+    values = values_of()
+    values.loc[values["status"] == "failed_prediction", ["value", "status"]] = 0.3, ""
+    calibration, strata = calibration_of(values)
+    known = calibration.set_index("metric")
+    for metric in known.index:
+        assert known.loc[metric, "scaled"] == pytest.approx(0.5)
+        assert known.loc[metric, "verdict"] == "better"
+        assert known.loc[metric, "dynamic_range"] == pytest.approx(0.8 / 0.9)
+        assert known.loc[metric, "better"] == 1
+        assert known.loc[metric, "saturated"] == 0
+    page = written(tmp_path / "out", values, calibration=calibration, strata=strata)
+    for text in ("Floor and ceiling", "95 % interval", "against the mean response", "By size of effect", "≥ 100 genes"):
+        assert text in page.words
+    assert "◆ reaches the replicate" not in page.words
+    assert {link.removeprefix("#") for link in page.links} <= set(page.ids)
+    stored = pd.read_csv(tmp_path / "out" / "calibration.csv")
+    np.testing.assert_array_equal(stored["scaled"], calibration["scaled"])
+    assert len(pd.read_csv(tmp_path / "out" / "strata.csv")) == len(strata)
+    console = Console(file=io.StringIO(), width=80)
+    console.print(terminal_evaluation(summary_of(values), NOTES, calibration))
+    assert "0.50" in console.file.getvalue()
+    assert "scaled: 0 as good as the mean response" in console.file.getvalue()
+
+
+def test_a_failed_prediction_gets_no_scaled_score(tmp_path):
+    values = values_of()  # one failed prediction, of the first metric
+    known = calibration_of(values)[0].set_index("metric")
+    failed = values.loc[values["status"] == "failed_prediction", "metric"].item()
+    assert np.isnan(known.loc[failed, "scaled"])
+    assert known.loc[failed, "scaled_status"] == "failed_prediction"
+    assert np.isnan(known.loc[failed, "low"])
+    assert known.drop(failed)["scaled"].notna().all()
+
+
+def test_without_a_calibration_the_page_has_none_and_an_older_one_goes(tmp_path):
+    values = values_of()
+    written(tmp_path / "out", values, calibration=calibration_of(values)[0])
+    page = written(tmp_path / "out", values)
+    assert not (tmp_path / "out" / "calibration.csv").exists()
+    for text in ("Floor and ceiling", "By size of effect", "calibration.csv"):
+        assert text not in page.words
