@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from perturbray.counterfactual.command import add_predict
 from perturbray.errors import InputError
 
 if TYPE_CHECKING:
@@ -93,6 +94,11 @@ def sweep_parser(name: str, description: str) -> argparse.ArgumentParser:
     run.add_argument("--plugin", metavar="FILE.py", action="append", default=[], help="registers models of your own")
     run.add_argument("--results", metavar="DIR", default="results", help="where results go (default: results)")
     run.add_argument("--address", metavar="ADDRESS", help="a Ray cluster, e.g. auto (default: this machine alone)")
+    run.add_argument(
+        "--keep-models",
+        action="store_true",
+        help="store every fitted model in RESULTS/<sweep>/models, for `perturbray predict`",
+    )
     run.add_argument("--smoke", action="store_true", help="a minute's work: few epochs, one seed, two levels")
     run.add_argument("--dry-run", action="store_true", help="print the plan, done and to run, and stop")
     change = parser.add_argument_group("changing the sweep")
@@ -153,13 +159,14 @@ def command() -> None:
         help="leave out anchors, intervals and strata, which take some fifteen times as long as the scores",
     )
     judge.add_argument("--out", metavar="DIR", default="evaluation", help="where results go (default: evaluation)")
+    add_predict(commands)
     listing = commands.add_parser("list", help="what there is to choose from")
     listing.add_argument("kind", choices=LISTS)
     listing.add_argument(
         "--plugin", metavar="FILE.py", action="append", default=[], help="registers models of your own"
     )
     arguments = parser.parse_args()
-    run = {"report": _report, "evaluate": _evaluate, "list": _list}[arguments.command]
+    run = {"report": _report, "evaluate": _evaluate, "predict": _predict, "list": _list}[arguments.command]
     _end(_guard(lambda: run(arguments)))
 
 
@@ -231,7 +238,7 @@ def _run(sweep: "Sweep", folder: Path, arguments: argparse.Namespace, plugins: t
     from perturbray.engine import run_sweep
     from perturbray.plan import Plan
 
-    plan = Plan.of(sweep, folder)
+    plan = Plan.of(sweep, folder, keep_models=arguments.keep_models)
     terminal = Terminal()
     if arguments.dry_run:
         plan.scan(terminal.line)
@@ -395,6 +402,13 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     Console(highlight=False).print(terminal_evaluation(summary, notes, judged.calibration))
     print(f"page:   {out / 'report.html'}\ntable:  {out / 'metrics.csv'}")
     return 0
+
+
+def _predict(arguments: argparse.Namespace) -> int:
+    from perturbray.counterfactual import command
+
+    _check_folder(Path(arguments.out).parent, flag="--out")
+    return command.run(arguments)
 
 
 def _list(arguments: argparse.Namespace) -> int:

@@ -53,6 +53,8 @@ class Shared:
     pool: "Pool | None"  # noqa: F821  # imports ray
     order: dict[str, int]
     columns: dict[str, str]
+    models: dict[str, Path]  # where to store fitted models, by key; empty: nowhere
+    depths: dict[DatasetSpec, float | None]  # counts to which cells were scaled; None: they came log-normalised
 
 
 class Events:
@@ -166,6 +168,8 @@ def _run(
             pool=pool,
             order={key: i for i, key in enumerate(plan.trials)},
             columns={f"version.{name}": text for name, text in versions().items()},
+            models={key: plan.model_of(key).resolve() for key in plan.trials} if plan.keep_models else {},
+            depths={spec: n.depth if (n := plan.normalisation(spec)).log1p else None for spec in plan.conditions},
         )
         with events.watching(plan):
             state = "interrupted"
@@ -288,6 +292,8 @@ def train(config: dict, *, shared: Shared) -> None:
                 state=checkpoints.restore(),
                 windows=shared.windows[trial.dataset],
             )
+        if key in shared.models:  # before the result, which says that the trial is finished
+            _keep(outcome, trial, conditions, shared.depths[trial.dataset], shared.models[key])
         scorable = scoring.Scorable(
             key=key,
             name=trial.name,
@@ -311,6 +317,22 @@ def train(config: dict, *, shared: Shared) -> None:
         tune.report({"failed": 1})
         return
     checkpoints.finish(outcome)
+
+
+def _keep(outcome: Outcome, trial: Trial, conditions: Conditions, depth: float | None, place: Path) -> None:
+    from perturbray.training.fitted import Fitted
+
+    fitted = Fitted(
+        spec=trial.model,
+        state=outcome.model.state_dict(),
+        conditions=conditions,
+        subset=outcome.split.condition,
+        roles={name: getattr(trial.dataset, name) for name in ("perturbation", "delimiter", "layer")},
+        depth=depth,
+        seed=trial.seed,
+        name=trial.name,
+    )
+    fitted.save(place)
 
 
 class _Checkpoints:

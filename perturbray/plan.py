@@ -23,6 +23,7 @@ from perturbray.sweep import Sweep
 from perturbray.trial import Trial
 
 PROGRESS_SECONDS = 10.0  # between two lines while a screen is read
+MODELS_FOLDER = "models"
 PACKAGES = ("perturbray", "ray", "torch", "numpy", "anndata")
 
 
@@ -35,9 +36,10 @@ class Plan:
     conditions: dict[DatasetSpec, Conditions]
     splits: dict[tuple, Split]
     facts: dict[DatasetSpec, matrix.MatrixFacts] = field(default_factory=dict)
+    keep_models: bool = False  # a trial is finished when its fitted model is stored too
 
     @classmethod
-    def of(cls, sweep: Sweep, folder: Path) -> "Plan":
+    def of(cls, sweep: Sweep, folder: Path, *, keep_models: bool = False) -> "Plan":
         """Check everything that can be checked before anything is read or written. Raises InputError."""
         specs = dict.fromkeys(trial.dataset for trial in sweep.trials)
         conditions = {spec: store.conditions(spec) for spec in specs}
@@ -49,7 +51,7 @@ class Plan:
                     raise InputError(
                         f"{trial.name}: the split leaves no test condition; hold out more or use more data"
                     )
-        plan = cls(sweep=sweep, folder=folder, conditions=conditions, splits=splits)
+        plan = cls(sweep=sweep, folder=folder, conditions=conditions, splits=splits, keep_models=keep_models)
         plan.facts = {spec: facts for spec in specs if (facts := matrix.remembered(spec)) is not None}
         return plan
 
@@ -99,7 +101,14 @@ class Plan:
 
     def finished(self) -> set[str]:
         """Keys of this plan that have a result."""
-        return table.finished(self.folder) & set(self.trials) if self.folder.is_dir() else set()
+        if not self.folder.is_dir():
+            return set()
+        found = table.finished(self.folder) & set(self.trials)
+        return {key for key in found if self.model_of(key).exists()} if self.keep_models else found
+
+    def model_of(self, key: str) -> Path:
+        """Where the fitted model of a trial is kept."""
+        return self.folder / MODELS_FOLDER / f"{key}.pt"
 
     def remaining(self) -> dict[str, Trial]:
         """Trials without a result."""

@@ -13,6 +13,7 @@ PACKAGE = "perturbray"
 # What stands later in a chain may import what stands earlier, never the other way round.
 CHAINS = (
     ("errors", "registry", "data", "embeddings", "models", "training", "trial", "sweep", "engine", "cli"),
+    ("training", "counterfactual", "cli"),
     ("errors", "prediction", "metrics", "sweep"),
     ("errors", "results", "engine"),
     ("errors", "synthetic", "engine"),

@@ -29,6 +29,7 @@ FROZEN = {
     "--plugin",
     "--results",
     "--address",
+    "--keep-models",
     "--smoke",
     "--dry-run",
     "--set",
