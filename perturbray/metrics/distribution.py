@@ -8,6 +8,8 @@ import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
+from types import ModuleType
 from typing import TypeVar
 
 import numpy as np
@@ -95,12 +97,15 @@ def between(x: np.ndarray, y: np.ndarray, kernel: Kernel) -> np.ndarray:
     return _add(parts) / (len(x) * len(y.cloud))
 
 
-def within(X: Matrix, kernel: Kernel) -> np.ndarray:
-    """Mean of the kernel over ordered pairs of different rows, (terms,); NaN for fewer than 2 rows."""
-    n, genes = X.shape
+def within(X: Matrix, kernel: Kernel, engine: ModuleType | None = None) -> np.ndarray:
+    """Mean of the kernel over ordered pairs of different rows, (terms,); NaN for fewer than 2 rows.
+
+    ``engine``, as ``compiled`` gives it, is of use for sparse rows.
+    """
+    n = X.shape[0]
     if n < 2:
         return np.full(kernel.terms, np.nan)
-    engine = compiled(n * n / 2, genes) if sparse.issparse(X) else None
+    engine = engine if sparse.issparse(X) else None
     x = _cloud(X if engine else dense(X), rare_genes([X], RARE_COMPILED) if engine else None)
     y, parts = Target(x, engine), []
     for i in tiles(0, n, STRIP):
@@ -223,31 +228,33 @@ def energy_matrix(
     read theirs only when asked.
     """
     sizes, counts = (np.array([X.shape[0] for X in side]) for side in (observed, predicted))
-    b = [_single(_within(X, space, known=True), n, estimator) for X, n in zip(observed, sizes, strict=True)]
-    c = [_single(_within(X, space), n, estimator) for X, n in zip(predicted, counts, strict=True)]
-    cross = _cross(predicted, observed, space, counts, sizes) / (counts[:, None] * sizes)
+    pairs = float(counts.sum()) * sizes.sum() + (sizes**2).sum() / 2 + (counts**2).sum() / 2
+    first = observed[0][:1]
+    engine = compiled(pairs, (first if space is dense else space(first)).shape[1])
+    b = [_single(_within(X, space, engine, known=True), n, estimator) for X, n in zip(observed, sizes, strict=True)]
+    c = [_single(_within(X, space, engine), n, estimator) for X, n in zip(predicted, counts, strict=True)]
+    cross = _cross(predicted, observed, space, counts, sizes, engine) / (counts[:, None] * sizes)
     value = 2 * cross - np.array(b) - np.array(c)[:, None]
     return value / 2 if scale == "half" else value
 
 
-def _within(X: Matrix, space: Callable[[Matrix], np.ndarray], *, known: bool = False) -> float:
+def _within(X: Matrix, space: Callable, engine: ModuleType | None, *, known: bool = False) -> float:
     cells, kernel = X if space is dense else space(X), Euclidean()
     if not known:
-        return within(cells, kernel)[0]
-    return remembered(lambda: within(cells, kernel)[0], "within", kernel, cells)
+        return within(cells, kernel, engine)[0]
+    kind = "compiled" if engine and sparse.issparse(cells) else ""  # the last digit depends on it
+    return remembered(lambda: within(cells, kernel, engine)[0], "within", kernel, *filter(None, [kind]), cells)
 
 
-def _cross(predicted, observed, space, counts: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+def _cross(predicted, observed, space, counts: np.ndarray, sizes: np.ndarray, engine: ModuleType | None) -> np.ndarray:
     """Sums of distances between the cells of each prediction and each observation, (K, K')."""
-    X = observed[0]
-    genes = X.shape[1]
-    engine = compiled(float(counts.sum()) * sizes.sum(), genes if space is dense else space(X[:1]).shape[1])
     rare = None
     if space is dense:
-        rare = rare_genes([*observed, *predicted], RARE_COMPILED if engine else RARE)
+        rare = rare_genes(chain(observed, predicted), RARE_COMPILED if engine else RARE)
     centre = sum(np.asarray(X.mean(axis=0), dtype=np.float64).ravel() for X in observed) / len(observed)
     centre = centre if space is dense else space(centre[None])[0]
-    most = max(1, RUN_VALUES // max(1, len(centre) if rare is None else int((~rare).sum())))
+    values = len(centre) if rare is None else np.where(rare, 0.25, 1).sum()  # rare genes take less, being sparse
+    most = max(1, int(RUN_VALUES / max(1, values)))
     cross = np.empty((len(predicted), len(observed)))
     for first, last in _runs(sizes, most):
         y = Target(_stacked(observed[first:last], space, centre, rare), engine)

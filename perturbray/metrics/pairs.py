@@ -4,7 +4,7 @@ A tile is norms minus product, in one matrix product, and direct differences whe
 genes that few express are multiplied as sparse x dense, which costs less than their share of the matrix product.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -31,12 +31,15 @@ def compiled(pairs: float, coordinates: int) -> ModuleType | None:
     return engine_numba
 
 
-def rare_genes(parts: list[Matrix], share: float) -> np.ndarray | None:
+def rare_genes(parts: Iterable[Matrix], share: float) -> np.ndarray | None:
     """Genes that a smaller ``share`` of these cells expresses, (genes,) bool; None for dense cells."""
-    if not all(sparse.issparse(X) for X in parts):
-        return None
-    expressing = sum(np.bincount(X.indices, minlength=X.shape[1]) for X in parts)
-    return expressing < share * sum(X.shape[0] for X in parts)
+    expressing, cells = 0, 0
+    for X in parts:
+        if not sparse.issparse(X):
+            return None
+        expressing = expressing + np.bincount(X.indices, minlength=X.shape[1])
+        cells += X.shape[0]
+    return expressing < share * cells
 
 
 @dataclass(frozen=True)
