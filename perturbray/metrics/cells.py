@@ -45,10 +45,28 @@ class Cells:
         chosen = self.rows(group) if rows is None else self.rows(group)[rows]
         return dense(self.X[chosen])
 
+    def parts(self, groups: Sequence[int]) -> "Parts":
+        return Parts(self, tuple(groups))
+
     def __post_init__(self) -> None:
         order = np.argsort(self.group, kind="stable")
         object.__setattr__(self, "_order", order)
         object.__setattr__(self, "_start", np.searchsorted(self.group[order], np.arange(self.groups + 1)))
+
+
+@dataclass(frozen=True)
+class Parts(Sequence):
+    """Expression of some groups, each cut out of all cells only when it is asked for, in the form of X."""
+
+    cells: Cells
+    groups: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.groups)
+
+    def __getitem__(self, index: int | slice) -> "Matrix | Parts":
+        chosen = self.groups[index]
+        return Parts(self.cells, chosen) if isinstance(index, slice) else self.cells.X[self.cells.rows(chosen)]
 
 
 @dataclass(frozen=True, kw_only=True)

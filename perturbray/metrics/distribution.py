@@ -1,75 +1,39 @@
 """Distribution: how far two sets of cells are apart. Energy distance and kernel MMD; a new one is a ``Kernel``.
 
-Both are sums of a function of squared distances over pairs of cells, so they share one pass over tiles of
-128 x 1,024 pairs in float64; no larger matrix is ever held. Sources: Székely & Rizzo (energy statistics),
-Gretton et al. 2012 (MMD).
+Both are sums of a function of squared distances over pairs of cells, which ``pairs`` gives tile by tile. Sources:
+Székely & Rizzo (energy statistics), Gretton et al. 2012 (MMD).
 """
 
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from itertools import chain
+from types import ModuleType
+from typing import TypeVar
 
 import numpy as np
 from scipy import sparse
 from scipy.sparse.linalg import LinearOperator, svds
 
 from perturbray.metrics.cells import Matrix, dense, shuffled
+from perturbray.metrics.pairs import (
+    RARE,
+    RARE_COMPILED,
+    Cloud,
+    Target,
+    compiled,
+    rare_genes,
+    squared_distances,
+    tiles,
+)
 from perturbray.randomness import generator
 
 T = TypeVar("T")
 
 RUN_VALUES = 2**20  # coordinates of cells that are prepared for distances at once, 8 MB
-TILE, BLOCK = 128, 1024  # pairs of cells at once: few enough for the cache of a core
-RARE = 0.12  # share of cells that express a gene below which a sparse product costs less than a dense one
-CLOSE = 1e-5  # of the squared norms: below, a squared distance from a product has lost digits
+STRIP = 128  # cells at once where each pair is needed once; a divisor of BLOCK and at most TILE
 BANDWIDTHS = (0.25, 0.5, 1.0, 2.0, 4.0)  # in units of the median distance between observed cells
-
-
-def squared_distances(x: np.ndarray, y: np.ndarray, *, same: bool = False) -> np.ndarray:
-    """‖x_i − y_j‖², (n, d) x (m, d) -> (n, m) float64, as norms minus product, and directly where that cancels.
-
-    ``same`` says that x and y are the same cells: the diagonal is exactly 0.
-    """
-    return _squares(x, y, *_factors(x, y), same=same)
-
-
-def _factors(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(n, d + 2) and (d + 2, m) whose product is the squared distances: the norms are added within it, in one pass."""
-    return _left(x, 0.0), _right(_left(y, 0.0))
-
-
-def _left(x: np.ndarray, centre: np.ndarray | float) -> np.ndarray:
-    """(n, d + 2): centred cells, their squared norms, ones. Filled in place: in gene space a copy is tens of MB."""
-    left = np.empty((len(x), x.shape[1] + 2))
-    np.subtract(x, centre, out=left[:, :-2])
-    left[:, -2], left[:, -1] = np.einsum("ij,ij->i", left[:, :-2], left[:, :-2]), 1
-    return left
-
-
-def _right(left: np.ndarray) -> np.ndarray:
-    """(d + 2, n): what others' ``_left`` is multiplied with."""
-    right = np.empty(left.shape[::-1])
-    np.multiply(left[:, :-2].T, -2, out=right[:-2])
-    right[-2], right[-1] = left[:, -1], left[:, -2]
-    return right
-
-
-def _squares(x: np.ndarray, y: np.ndarray, left: np.ndarray, right: np.ndarray, *, same: bool = False) -> np.ndarray:
-    own, other, squares = left[:, -2], right[-1], left @ right
-    if same:
-        np.fill_diagonal(squares, np.inf)
-    if squares.size and squares.min() < CLOSE * (own.max() + other.max()):
-        near = np.nonzero(squares < CLOSE * (own[:, None] + other))
-        step = max(1, 2**22 // max(1, x.shape[1]))
-        for start in range(0, len(near[0]), step):
-            i, j = near[0][start : start + step], near[1][start : start + step]
-            difference = x[i] - y[j]
-            squares[i, j] = np.einsum("ij,ij->i", difference, difference)
-    if same:
-        np.fill_diagonal(squares, 0)
-    return squares
 
 
 @dataclass(frozen=True)
@@ -79,8 +43,9 @@ class Euclidean:
     terms: int = 1
     diagonal: float = 0.0
 
-    def sums(self, squares: np.ndarray, axis: int | None = None) -> np.ndarray:
-        return np.sqrt(squares).sum(axis=axis)[None]
+    def sums(self, squares: np.ndarray) -> np.ndarray:
+        """(terms,); overwrites its argument, as that of every kernel does."""
+        return np.sqrt(squares, out=squares).sum()[None]
 
 
 @dataclass(frozen=True)
@@ -90,8 +55,8 @@ class Squared:
     terms: int = 1
     diagonal: float = 0.0
 
-    def sums(self, squares: np.ndarray, axis: int | None = None) -> np.ndarray:
-        return squares.sum(axis=axis)[None]
+    def sums(self, squares: np.ndarray) -> np.ndarray:
+        return squares.sum()[None]
 
 
 @dataclass(frozen=True)
@@ -105,55 +70,56 @@ class Gaussian:
     def terms(self) -> int:
         return len(self.sigmas)
 
-    def sums(self, squares: np.ndarray, axis: int | None = None) -> np.ndarray:
+    def sums(self, squares: np.ndarray) -> np.ndarray:
         """One exponential for the widest kernel; one half as wide is its fourth power."""
-        out, kernel, last = [], None, None
-        for sigma in sorted(self.sigmas, reverse=True):
-            if kernel is not None and last == 2 * sigma:
+        wide = sorted(self.sigmas, reverse=True)
+        halving = all(last == 2 * sigma for last, sigma in zip(wide, wide[1:], strict=False))
+        kernel, out = squares if halving else np.empty_like(squares), []
+        for position, sigma in enumerate(wide):
+            if position and wide[position - 1] == 2 * sigma:
                 np.square(kernel, out=kernel)
                 np.square(kernel, out=kernel)
             else:
-                kernel = squares * (-0.5 / sigma**2)
+                np.multiply(squares, -0.5 / sigma**2, out=kernel)
                 np.exp(kernel, out=kernel)
-            last = sigma
-            out.append(kernel.sum(axis=axis))
-        return np.stack(out[::-1])
+            out.append(kernel.sum())
+        return np.array(out[::-1])
 
 
 Kernel = Euclidean | Squared | Gaussian
 
 
-def _blocks(start: int, stop: int, size: int) -> Iterator[slice]:
-    return (slice(first, min(first + size, stop)) for first in range(start, stop, size))
-
-
-def _tiles(x: np.ndarray, y: np.ndarray) -> Iterator[np.ndarray]:
-    left, right = _factors(x, y)
-    for i in _blocks(0, len(x), TILE):
-        for j in _blocks(0, len(y), BLOCK):
-            yield _squares(x[i], y[j], left[i], right[:, j])
-
-
 def between(x: np.ndarray, y: np.ndarray, kernel: Kernel) -> np.ndarray:
     """Mean of the kernel over all pairs of rows, (terms,). The sums of tiles are added exactly: no order matters."""
-    centre = x.mean(axis=0)  # a common shift leaves distances alone and makes cancellation small
-    return _add([kernel.sums(squares) for squares in _tiles(x - centre, y - centre)]) / (len(x) * len(y))
+    centre = x.mean(axis=0, dtype=np.float64)  # a common shift leaves distances alone and makes cancellation small
+    x, y = Cloud.of(x, centre), Target(Cloud.of(y, centre))
+    parts = [kernel.sums(y.squares(x, i, j)) for i in tiles(0, len(x)) for j in y.blocks(0, len(y.cloud))]
+    return _add(parts) / (len(x) * len(y.cloud))
 
 
-def within(x: np.ndarray, kernel: Kernel) -> np.ndarray:
-    """Mean of the kernel over ordered pairs of different rows, (terms,); NaN for fewer than 2 rows."""
-    n = len(x)
+def within(X: Matrix, kernel: Kernel, engine: ModuleType | None = None) -> np.ndarray:
+    """Mean of the kernel over ordered pairs of different rows, (terms,); NaN for fewer than 2 rows.
+
+    ``engine``, as ``compiled`` gives it, is of use for sparse rows.
+    """
+    n = X.shape[0]
     if n < 2:
         return np.full(kernel.terms, np.nan)
-    left = _left(x, x.mean(axis=0))
-    x, right = left[:, :-2], _right(left)
-    parts = []
-    for i in _blocks(0, n, TILE):
-        squares = _squares(x[i], x[i], left[i], right[:, i], same=True)
-        parts.append(kernel.sums(squares) - len(squares) * kernel.diagonal)
-        for j in _blocks(i.stop, n, BLOCK):
-            parts.append(2 * kernel.sums(_squares(x[i], x[j], left[i], right[:, j])))
+    engine = engine if sparse.issparse(X) else None
+    x = _cloud(X if engine else dense(X), rare_genes([X], RARE_COMPILED) if engine else None)
+    y, parts = Target(x, engine), []
+    for i in tiles(0, n, STRIP):
+        for j in y.blocks(i.start, n):
+            same = i.stop - i.start if j.start == i.start else 0
+            squares = y.squares(x, i, j, same=same > 0)
+            parts.append(kernel.sums(squares[:, :same]) - same * kernel.diagonal)
+            parts.append(2 * kernel.sums(squares[:, same:]))
     return _add(parts) / (n * (n - 1))
+
+
+def _cloud(X: Matrix, rare: np.ndarray | None) -> Cloud:
+    """Cells around their own mean."""
+    return Cloud.of(X, np.asarray(X.mean(axis=0), dtype=np.float64).ravel(), rare)
 
 
 _REMEMBERED: dict[tuple, np.ndarray] = {}  # a few numbers each; the oldest go first
@@ -165,7 +131,7 @@ def remembered(make: Callable[[], T], *key: object) -> T:
 
     Arrays in ``key`` count by their content.
     """
-    key = tuple(_digest(part) if isinstance(part, np.ndarray) else part for part in key)
+    key = tuple(_digest(part) if isinstance(part, np.ndarray) or sparse.issparse(part) else part for part in key)
     if key not in _REMEMBERED:
         while len(_REMEMBERED) >= REMEMBER:
             _REMEMBERED.pop(next(iter(_REMEMBERED)), None)
@@ -173,8 +139,11 @@ def remembered(make: Callable[[], T], *key: object) -> T:
     return _REMEMBERED[key]
 
 
-def _digest(x: np.ndarray) -> bytes:
-    return hashlib.blake2b(np.ascontiguousarray(x), digest_size=16).digest() + str(x.shape).encode()
+def _digest(x: Matrix) -> bytes:
+    digest = hashlib.blake2b(str((x.shape, x.dtype)).encode(), digest_size=16)
+    for part in (x.data, x.indices, x.indptr) if sparse.issparse(x) else (x,):
+        digest.update(np.ascontiguousarray(part))
+    return digest.digest()
 
 
 def _add(parts: list[np.ndarray]) -> np.ndarray:
@@ -255,87 +224,54 @@ def energy_matrix(
 ) -> np.ndarray:
     """Energy distance of every prediction to every observation in a space, (K, K'); each within term is computed once.
 
-    Cells stay as they are, sparse for one, but for one prediction and a few observations at a time.
+    Cells stay as they are, sparse for one, but for a few predictions and observations at a time: both arguments may
+    read theirs only when asked.
     """
-    kernel = Euclidean()
     sizes, counts = (np.array([X.shape[0] for X in side]) for side in (observed, predicted))
-    b, c = np.empty(len(observed)), np.empty(len(predicted))
-    for k, X in enumerate(observed):
-        cells = space(X)
-        known = remembered(lambda cells=cells: within(cells, kernel)[0], "within", kernel, cells)
-        b[k] = _single(known, len(cells), estimator)
-    for k, X in enumerate(predicted):
-        c[k] = _single(within(space(X), kernel)[0], counts[k], estimator)
-    centre = sum(np.asarray(X.mean(axis=0)).ravel() for X in observed) / len(observed)
-    rare = _rare([*observed, *predicted]) if space is dense else np.zeros(len(centre), dtype=bool)
-    centre = np.where(rare, 0.0, centre) if space is dense else space(centre[None])[0]
-    cross = np.empty((len(predicted), len(observed)))
-    most = max(TILE, min(2 * BLOCK, RUN_VALUES // max(1, len(centre))))
-    for first, last in _runs(sizes, most):
-        y = _Cloud.of(observed[first:last], space, centre, rare)
-        right, other = y.right()
-        for one, end in _runs(counts, most):
-            x = _Cloud.of(predicted[one:end], space, centre, rare)
-            sums = np.empty((len(x.left), last - first))
-            for i in _blocks(0, len(x.left), TILE):
-                squares = x.left[i] @ right
-                if other is not None:
-                    squares += (x.rare[i] @ other).toarray()
-                _repair(squares, x.left[i, -2], y.left[:, -2], lambda rows, i=i, x=x: x.cells(rows + i.start), y.cells)
-                sums[i] = np.add.reduceat(np.sqrt(squares, out=squares), _starts(sizes[first:last]), axis=1)
-            cross[one:end, first:last] = np.add.reduceat(sums, _starts(counts[one:end]), axis=0)
-    value = 2 * cross / (counts[:, None] * sizes) - b[None] - c[:, None]
+    pairs = float(counts.sum()) * sizes.sum() + (sizes**2).sum() / 2 + (counts**2).sum() / 2
+    first = observed[0][:1]
+    engine = compiled(pairs, (first if space is dense else space(first)).shape[1])
+    b = [_single(_within(X, space, engine, known=True), n, estimator) for X, n in zip(observed, sizes, strict=True)]
+    c = [_single(_within(X, space, engine), n, estimator) for X, n in zip(predicted, counts, strict=True)]
+    cross = _cross(predicted, observed, space, counts, sizes, engine) / (counts[:, None] * sizes)
+    value = 2 * cross - np.array(b) - np.array(c)[:, None]
     return value / 2 if scale == "half" else value
 
 
-def _starts(sizes: np.ndarray) -> np.ndarray:
-    return np.cumsum(sizes) - sizes
+def _within(X: Matrix, space: Callable, engine: ModuleType | None, *, known: bool = False) -> float:
+    cells, kernel = X if space is dense else space(X), Euclidean()
+    if not known:
+        return within(cells, kernel, engine)[0]
+    kind = "compiled" if engine and sparse.issparse(cells) else ""  # the last digit depends on it
+    return remembered(lambda: within(cells, kernel, engine)[0], "within", kernel, *filter(None, [kind]), cells)
 
 
-def _rare(parts: Sequence[Matrix]) -> np.ndarray:
-    """Genes that few cells express, whose part of a distance a sparse product gives in less time, (genes,) bool."""
-    if not all(sparse.issparse(X) for X in parts):
-        return np.zeros(parts[0].shape[1], dtype=bool)
-    expressing = sum(np.bincount(X.indices, minlength=X.shape[1]) for X in parts)
-    return expressing < RARE * sum(X.shape[0] for X in parts)
+def _cross(predicted, observed, space, counts: np.ndarray, sizes: np.ndarray, engine: ModuleType | None) -> np.ndarray:
+    """Sums of distances between the cells of each prediction and each observation, (K, K')."""
+    rare = None
+    if space is dense:
+        rare = rare_genes(chain(observed, predicted), RARE_COMPILED if engine else RARE)
+    centre = sum(np.asarray(X.mean(axis=0), dtype=np.float64).ravel() for X in observed) / len(observed)
+    centre = centre if space is dense else space(centre[None])[0]
+    values = len(centre) if rare is None else np.where(rare, 0.25, 1).sum()  # rare genes take less, being sparse
+    most = max(1, int(RUN_VALUES / max(1, values)))
+    cross = np.empty((len(predicted), len(observed)))
+    for first, last in _runs(sizes, most):
+        y = Target(_stacked(observed[first:last], space, centre, rare), engine)
+        for one, end in _runs(counts, most):
+            x = _stacked(predicted[one:end], space, centre, rare)
+            sums = y.root_sums(x, _edges(sizes[first:last]))
+            cross[one:end, first:last] = np.add.reduceat(sums, _edges(counts[one:end])[:-1], axis=0)
+    return cross
 
 
-@dataclass(frozen=True)
-class _Cloud:
-    """Cells ready for squared distances, as ``_factors``, but with rare genes apart and sparse."""
-
-    left: np.ndarray  # (cells, d + 2): coordinates or frequent genes, norms of all, ones
-    rare: Any  # CSR (cells, rare genes), or None
-
-    @classmethod
-    def of(cls, parts: Sequence[Matrix], space: Callable[[Matrix], np.ndarray], centre, rare: np.ndarray) -> "_Cloud":
-        stack = sparse.vstack(parts, format="csr") if sparse.issparse(parts[0]) else np.concatenate(parts)
-        apart = stack[:, np.flatnonzero(rare)].astype(np.float64) if rare.any() else None
-        if apart is not None:
-            stack, centre = stack[:, np.flatnonzero(~rare)], centre[~rare]
-        cells = dense(stack) if apart is not None else space(stack)
-        left = _left(cells, centre)
-        if apart is not None:
-            left[:, -2] += np.asarray(apart.multiply(apart).sum(axis=1)).ravel()
-        return cls(left, apart)
-
-    def right(self) -> tuple[np.ndarray, Any]:
-        """What ``left`` and ``rare`` of other cells are multiplied with."""
-        return _right(self.left), None if self.rare is None else (-2 * self.rare).T.tocsr()
-
-    def cells(self, rows: np.ndarray) -> np.ndarray:
-        parts = [self.left[rows, :-2]]
-        return np.concatenate([*parts, self.rare[rows].toarray()] if self.rare is not None else parts, axis=1)
+def _stacked(parts: Sequence[Matrix], space, centre: np.ndarray, rare: np.ndarray | None) -> Cloud:
+    stack = sparse.vstack(parts, format="csr") if sparse.issparse(parts[0]) else np.concatenate(parts)
+    return Cloud.of(stack if rare is not None else space(stack), centre, rare)
 
 
-def _repair(squares: np.ndarray, own: np.ndarray, other: np.ndarray, x: Callable, y: Callable) -> None:
-    """Squared distances so small that the product cancelled, computed directly in place."""
-    if squares.size and squares.min() < CLOSE * (own.max() + other.max()):
-        near = np.nonzero(squares < CLOSE * (own[:, None] + other))
-        for start in range(0, len(near[0]), 1024):
-            i, j = near[0][start : start + 1024], near[1][start : start + 1024]
-            difference = x(i) - y(j)
-            squares[i, j] = np.einsum("ij,ij->i", difference, difference)
+def _edges(sizes: np.ndarray) -> np.ndarray:
+    return np.concatenate([[0], np.cumsum(sizes)])
 
 
 def _runs(sizes: np.ndarray, most: int) -> Iterator[tuple[int, int]]:

@@ -95,7 +95,7 @@ def _perturbench_means(comparison: Comparison):
 
 def _perturbench_cells(comparison: Comparison, rows: np.ndarray, space) -> dict:
     """Cosine of mean PCA coordinates, and the half-scale V energy distance ("mmd") of cells in PCA and in genes."""
-    cells = [[side.X[side.rows(group)] for group in rows] for side in (comparison.predicted, comparison.observed)]
+    cells = [side.parts(rows) for side in (comparison.predicted, comparison.observed)]
     coordinates = [[space(X) for X in side] for side in cells]
     means = [np.stack([X.mean(axis=0) for X in side]) for side in coordinates]
     distances = {
@@ -209,8 +209,7 @@ def _edistance_correlation(comparison: Comparison, rows: np.ndarray, control: in
     """Pearson correlation over perturbations of the energy distance to each side's own control."""
     distances = []
     for side in (comparison.predicted, comparison.observed):
-        groups = [side.X[side.rows(group)] for group in (control, *rows)]
-        distances.append(energy_matrix(groups[1:], groups[:1], estimator="V")[:, 0])
+        distances.append(energy_matrix(side.parts(rows), side.parts([control]), estimator="V")[:, 0])
     return float(SCORES["pearson"](*distances))
 
 
