@@ -22,7 +22,10 @@ from perturbray.prediction import Here, LazyCells, LostCellsError
 from perturbray.results import table
 from perturbray.trial import Trial, run
 
-METRICS = tuple(Metric(score, effect) for score in ("cosine", "pearson") for effect in ("delta_ctrl", "logfc_logmean"))
+METRICS = (
+    *(Metric(score, effect) for score in ("cosine", "pearson") for effect in ("delta_ctrl", "logfc_logmean")),
+    Metric("cosine", "logfc"),
+)
 
 
 def opened(path, **spec) -> tuple:
@@ -44,7 +47,7 @@ def screen(small_screen):
 
 
 def rows_of(trial: Trial, conditions, cells, *, source: str, metrics=METRICS) -> dict[str, np.ndarray]:
-    truth = observe(cells, conditions, trial.make_split(conditions))
+    truth = observe(cells, conditions, trial.make_split(conditions), linear=True)
     outcome = run(trial, cells, conditions, truth=truth)
     item = scoring.Scorable(
         key="k", name="n", columns={}, truth="", predicted=outcome.predicted, stratum=outcome.stratum
