@@ -25,11 +25,18 @@ INTERRUPTED = 130
 LISTS = ("models", "metrics", "conventions", "splits", "ablations")
 
 
-def main(make: "Callable[..., Sweep]", *, models: Sequence[str] = (), flags: Mapping[str, str] | None = None) -> None:
+def main(
+    make: "Callable[..., Sweep]",
+    *,
+    models: Sequence[str] = (),
+    flags: Mapping[str, str] | None = None,
+    screen: Mapping[str, int | float] | None = None,
+) -> None:
     """The command line of a script: ``make(dataset, models, **flags)`` is its sweep, explained by its module.
 
     ``models`` are the names that it compares unless --model says otherwise; models of a plugin come beside them.
-    ``flags`` are switches of the script's own, by name, with their help. Bad input is one line and exit code 2.
+    ``flags`` are switches of the script's own, by name, with their help. ``screen`` are fields of the synthetic screen that
+    it runs on without --data. Bad input is one line and exit code 2.
     """
     module = inspect.getdoc(inspect.getmodule(make)) or ""
     parser = sweep_parser(make.__name__, module)
@@ -43,7 +50,7 @@ def main(make: "Callable[..., Sweep]", *, models: Sequence[str] = (), flags: Map
     for name, text in (flags or {}).items():
         own.add_argument(f"--{name.replace('_', '-')}", action="store_true", help=text)
     arguments = parser.parse_args()
-    _end(_guard(lambda: _run_script(make, arguments, models, list(flags or {}), module)))
+    _end(_guard(lambda: _run_script(make, arguments, models, list(flags or {}), screen or {}, module)))
 
 
 class Parser(argparse.ArgumentParser):
@@ -191,7 +198,12 @@ def _guard(run: Callable[[], int]) -> int:
 
 
 def _run_script(
-    make: "Callable[..., Sweep]", arguments: argparse.Namespace, models: Sequence[str], flags: list[str], module: str
+    make: "Callable[..., Sweep]",
+    arguments: argparse.Namespace,
+    models: Sequence[str],
+    flags: list[str],
+    screen: Mapping[str, int | float],
+    module: str,
 ) -> int:
     print(f"perturbray: {make.__name__}: {module.strip().splitlines()[0]}", flush=True)
     changes = [_assignment(text, "--set") for text in arguments.set]
@@ -213,7 +225,7 @@ def _run_script(
     plugin.install(plugins)
     names = dict.fromkeys(arguments.model or [*models, *(name for name in MODELS if name not in own)])
     specs = [_default(name, MODELS[name]) for name in names]
-    dataset = _dataset(arguments)
+    dataset = _dataset(arguments, screen)
     sweep = make(dataset, specs, **{name: getattr(arguments, name) for name in flags})
     sweep = sweep.judge(arguments.convention, arguments.metric)
     if arguments.smoke:  # before --set, which a user means
@@ -293,7 +305,7 @@ def _print_plan(plan, terminal) -> None:
     )
 
 
-def _dataset(arguments: argparse.Namespace) -> "DatasetSpec":
+def _dataset(arguments: argparse.Namespace, screen: Mapping[str, int | float]) -> "DatasetSpec":
     from perturbray.data.dataset import DatasetSpec
 
     given = {
@@ -309,18 +321,18 @@ def _dataset(arguments: argparse.Namespace) -> "DatasetSpec":
     if arguments.delimiter is not None:
         given["delimiter"] = None if arguments.delimiter.lower() == "none" else arguments.delimiter
     if not arguments.data:
-        return DatasetSpec(path=str(_synthetic()), name="synthetic", **given)
+        return DatasetSpec(path=str(_synthetic(screen)), name="synthetic", **given)
     return DatasetSpec(path=arguments.data, **given)
 
 
-def _synthetic() -> Path:
-    """The default screen, written once to the cache; to a temporary folder where the cache cannot be written."""
+def _synthetic(fields: Mapping[str, int | float]) -> Path:
+    """The screen of a script, written once to the cache; to a temporary folder where the cache cannot be written."""
     import hashlib
 
     from perturbray import synthetic
     from perturbray.data.matrix import cache_folder
 
-    screen = synthetic.Screen()
+    screen = synthetic.Screen(**fields)
     # Named by what draws it, so that another version of the simulator never finds this file.
     name = hashlib.blake2b(repr(screen).encode() + Path(synthetic.__file__).read_bytes(), digest_size=6).hexdigest()
     folder = cache_folder()

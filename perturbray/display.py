@@ -168,7 +168,8 @@ class Watcher(threading.Thread):
 
     def _board_title(self) -> str:
         arrow = "↑" if self.summary.scales[self.summary.headline[0]].higher_is_better else "↓"
-        return f"{self.summary.headline[0]} {arrow} at level {self.summary.levels['level'].iloc[0]}"
+        place = f" at level {self.summary.levels['level'].iloc[0]}" if self.plan.sweep.x else ""
+        return f"{self.summary.headline[0]} {arrow}{place}"
 
     def _view(self) -> Group:
         head = Table.grid(padding=(0, 2))

@@ -243,6 +243,8 @@ def _mean_shift_errors(truth: "synthetic.Truth", conditions: Conditions, split: 
     for row in np.flatnonzero((split.condition == TEST) & ~conditions.is_control & (split.stratum == "common")):
         label = conditions.perturbation[row]
         train = (conditions.perturbation == label) & (split.condition == TRAIN)
+        if not train.any():  # an unseen combination or perturbation: there is no shift to take over
+            continue
         errors[int(row)] = synthetic.expected_mean_shift_error(
             truth,
             condition=(names[conditions.context[row]], str(label)),

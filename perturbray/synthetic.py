@@ -11,8 +11,10 @@ The model of a cell of context s under perturbation p, for gene g::
     fraction   = exp(baseline[s, g] + effect[s, p, g]), scaled to a sum of 1 over genes
 
 Effects of single perturbations are sparse sums of a part common to all perturbations (a stress response), a part of the
-perturbation in every context and a part specific to the context; those of combinations are sums of their singles'. To
-add a kind of effect, add a field to `Screen` and a term to `_log_effects`.
+perturbation in every context and a part specific to the context; those of combinations are sums of their singles', but
+for what `epistasis` adds at random and what `buffering` takes from those of one pathway. (A sum of log effects is no sum
+in log1p of counts: `non_additivity` says by how much, for every combination.) To add a kind of effect, add a field to
+`Screen` and a term to `_log_effects`.
 """
 
 import json
@@ -67,6 +69,8 @@ class Screen:
     common: float = 0.1  # share of effect variance that all perturbations have in common
     specific: float = 0.15  # share of effect variance that is specific to a context
     epistasis: float = 0.0  # standard deviation of what a combination adds to the log effects of its singles
+    pathways: int = 0  # that single perturbations fall into, as many in each; 0: no pathways
+    buffering: float = 0.0  # share of the sum of its log effects that a combination within a pathway lacks
     seed: int = 0
     replicate: int = 0  # draws other counts with the same effects, in the same numbers of cells
 
@@ -81,6 +85,8 @@ class Screen:
             problem = f"common + specific must be a share of variance, not {self.common} + {self.specific}"
         elif not 0 <= self.affected <= 1:
             problem = f"affected must be a share of genes, not {self.affected}"
+        elif not 0 <= self.pathways <= singles:
+            problem = f"pathways must be at most the {singles} single perturbations, not {self.pathways}"
         if problem:
             raise InputError(f"synthetic screen: {problem}")
 
@@ -106,6 +112,15 @@ class Screen:
         first, second = np.triu_indices(self.perturbations - self.combinations, k=1)
         chosen = np.sort(self._rng("pairs").choice(len(first), self.combinations, replace=False))
         return np.stack([first[chosen], second[chosen]], axis=1)
+
+    def within_pathway(self) -> np.ndarray:
+        """Whether the singles of each combination are of one pathway, (combinations,) bool."""
+        if not self.pathways:
+            return np.zeros(self.combinations, dtype=bool)
+        singles = self.perturbations - self.combinations
+        pathway = self._rng("pathways").permutation(np.arange(singles) % self.pathways)
+        first, second = self._pairs().T
+        return pathway[first] == pathway[second]
 
     def _rng(self, subject: str) -> np.random.Generator:
         """One generator a subject, so that a field of one subject does not change the draws of another."""
@@ -163,6 +178,13 @@ class Truth:
     def log_effect(self, condition: Condition) -> np.ndarray:
         """Log ratio of a gene's fraction to the control's, before fractions are scaled to a sum of 1, (genes,)."""
         return self.log_effects[self._row(condition)]
+
+    def non_additivity(self, condition: Condition) -> np.ndarray:
+        """What a combination's expected expression has beyond the sum of its singles' effects, (genes,)."""
+        context, label = condition
+        control = self.mean((context, CONTROL))
+        effects = [self.mean((context, single)) - control for single in label.split(DELIMITER)]
+        return self.mean(condition) - control - np.sum(effects, axis=0)
 
     def _row(self, condition: Condition) -> int:
         if condition not in self.conditions:
@@ -302,8 +324,9 @@ def _log_effects(screen: Screen) -> np.ndarray:
     effects = screen.scale * strength * (effects + affected(singles) * own)
     first, second = screen._pairs().T
     beyond = screen.epistasis * affected(len(first)) * draw(len(first), genes)
+    kept = 1 - screen.buffering * screen.within_pathway()[:, None]
     control = np.zeros((screen.contexts, 1, genes))
-    return np.concatenate([control, effects, effects[:, first] + effects[:, second] + beyond], axis=1)
+    return np.concatenate([control, effects, kept * (effects[:, first] + effects[:, second]) + beyond], axis=1)
 
 
 def _fractions(screen: Screen, effects: np.ndarray) -> np.ndarray:

@@ -13,7 +13,7 @@ from scipy import sparse
 from perturbray import synthetic
 from perturbray.counterfactual.cells import CONDITIONS, check, effects, predicted, read_conditions, write_cells
 from perturbray.counterfactual.controls import Controls
-from perturbray.counterfactual.ranking import rank, read_signature
+from perturbray.counterfactual.ranking import enrichment, rank, read_signature
 from perturbray.data import matrix
 from perturbray.data.batches import Batch
 from perturbray.data.dataset import DatasetSpec
@@ -43,6 +43,7 @@ def fitted(spec: ModelSpec, lab: screens.Lab, dataset: DatasetSpec, *, seed: int
     torch.manual_seed(seed)
     model = lab.fitted(spec, **training)
     facts = matrix.scan(dataset, cell_names=lab.conditions.cell_names, genes=lab.conditions.genes)
+    normalisation = matrix.decide(dataset, facts)
     bare = replace(lab.conditions, cell_condition=np.empty(0, np.int32), cell_names=np.empty(0, object))
     return Fitted(
         spec=spec,
@@ -50,7 +51,7 @@ def fitted(spec: ModelSpec, lab: screens.Lab, dataset: DatasetSpec, *, seed: int
         conditions=bare,
         subset=lab.split.condition,
         roles={"perturbation": dataset.perturbation, "delimiter": dataset.delimiter, "layer": None},
-        depth=matrix.decide(dataset, facts).depth,
+        depth=normalisation.depth if normalisation.log1p else None,
         seed=seed,
         name="a model",
         path="a.pt",
@@ -344,3 +345,18 @@ def test_a_signature_is_matched_by_gene(tmp_path):
     (tmp_path / "s.csv").write_text("gene,value,sd\ngene_1,2.5,1\n")
     with pytest.raises(InputError, match="a signature has two columns, gene and value; it has 3"):
         read_signature(str(tmp_path / "s.csv"), genes)
+
+
+def test_enrichment_is_one_by_chance_and_its_most_when_the_ranking_is_right():
+    true = np.random.default_rng(0).standard_normal(100)
+    value, low, high = enrichment(true, true)
+    assert value == high == 5
+    assert low > 4  # a condition drawn twice at the edge of the top ties with itself
+    assert enrichment(-true, true)[0] == 0
+    assert enrichment(np.zeros(100), true)[0] == pytest.approx(1)
+    random = [enrichment(np.random.default_rng([1, i]).standard_normal(100), true, resamples=2)[0] for i in range(400)]
+    assert np.mean(random) == pytest.approx(1, abs=0.1)
+    noisy = true + np.random.default_rng(2).standard_normal(100)
+    value, low, high = enrichment(noisy, true)
+    assert 1 < low < value < high <= 5
+    assert enrichment(noisy, true, share=0.1, resamples=2)[0] <= 10

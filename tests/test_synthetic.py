@@ -130,6 +130,38 @@ def test_combinations_add_up_in_the_logarithm_unless_there_is_epistasis(truth):
     assert (beyond[:, -SMALL.combinations :] != 0).mean() == pytest.approx(SMALL.affected, abs=0.01)
 
 
+def test_a_combination_within_a_pathway_lacks_a_share_of_the_sum_and_nothing_else_changes():
+    plain = replace(SMALL, perturbations=40, combinations=30)
+    buffered = replace(plain, pathways=3, buffering=0.6)
+    within = buffered.within_pathway()
+    assert 0 < within.sum() < 30
+    assert not plain.within_pathway().any()
+    before, after = (synthetic._log_effects(screen) for screen in (plain, buffered))
+    np.testing.assert_array_equal(after[:, :11], before[:, :11])
+    kept = np.where(within, 0.4, 1.0)[:, None]
+    np.testing.assert_allclose(after[:, 11:], kept * before[:, 11:], rtol=1e-12)
+    # A pathway is one for all of its members: pairs a+b and b+c within it make a+c one within it.
+    names = buffered.perturbation_names()[10:]
+    together = {frozenset(name.split("+")): bool(same) for name, same in zip(names, within, strict=True)}
+    for first, same in together.items():
+        for second, other in together.items():
+            third = first ^ second
+            if same and other and len(third) == 2 and third in together:
+                assert together[third]
+    with pytest.raises(InputError, match="pathways must be at most the 10 single perturbations"):
+        replace(plain, pathways=11)
+
+
+def test_non_additivity_is_what_the_true_means_have_beyond_their_sum(truth):
+    condition = next(condition for condition in truth.conditions if "+" in condition[1])
+    context, label = condition
+    first, second = label.split("+")
+    mean = {name: truth.mean((context, name)) for name in (CONTROL, first, second, label)}
+    expected = mean[label] - mean[first] - mean[second] + mean[CONTROL]
+    np.testing.assert_allclose(truth.non_additivity(condition), expected, atol=1e-12)
+    assert np.abs(expected).max() > 0.01, "what adds up in the logarithm does not in log1p"
+
+
 @pytest.mark.parametrize("screen", [Screen.small(), Screen(perturbations=3, combinations=1)], ids=["small", "default"])
 def test_true_mean_and_variance_agree_with_five_thousand_cells(screen):
     screened = simulate(replace(screen, perturbations=3, combinations=1, cells=5_000, cells_spread=0, controls=5_000))

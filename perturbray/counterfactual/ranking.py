@@ -11,6 +11,7 @@ from perturbray.counterfactual.controls import Controls
 from perturbray.data.splits import TRAIN, UNUSED
 from perturbray.embeddings.vectors import Vectors
 from perturbray.errors import InputError, nearest
+from perturbray.randomness import generator
 from perturbray.training.fitted import Fitted
 
 KINDS = ("perturbations", "contexts")
@@ -145,3 +146,28 @@ def _values(found: np.ndarray, expected: np.ndarray, signature: np.ndarray | Non
 
 def _rms(values: np.ndarray) -> float:
     return float(np.sqrt(np.mean(values**2)))
+
+
+def enrichment(
+    predicted: np.ndarray, true: np.ndarray, *, share: float = 0.2, resamples: int = 2000, seed: int = 0
+) -> tuple[float, float, float]:
+    """How many times more of the truly strongest stand at the top of a ranking than by chance; and its 95 % interval.
+
+    Both tops are a ``share`` of the conditions, so that the most is 1 / share; chance is 1. The interval is that of a
+    bootstrap over conditions.
+    """
+    rng = generator(seed, "enrichment")
+    draws = [np.arange(len(true))] + [rng.integers(len(true), size=len(true)) for _ in range(resamples)]
+    values = [_enrichment(predicted[rows], true[rows], share) for rows in draws]
+    low, high = np.quantile(values[1:], [0.025, 0.975])
+    return values[0], float(low), float(high)
+
+
+def _enrichment(predicted: np.ndarray, true: np.ndarray, share: float) -> float:
+    top = max(1, round(share * len(true)))
+    best = np.argsort(-true, kind="stable")[:top]
+    # Equal scores are in no order: those at the edge of the top count with the chance to be in it.
+    edge = np.sort(predicted)[-top]
+    above, level = predicted > edge, predicted == edge
+    weight = above + level * (top - above.sum()) / level.sum()
+    return float(weight[best].sum() / top * len(true) / top)

@@ -109,11 +109,12 @@ def _panels(summary: Summary, metrics: list[str], *, draw: Callable) -> Figure:
                 if down < len(column):
                     draw(axes[down, across], summary, summary.scales[column[down]], looks=looks)
                     if len(levels) == 1:  # an axis around one point would show meaningless digits
-                        axes[down, across].set_xticks(levels, [f"{levels.iloc[0]:.2g}"])
+                        shown = f"{levels.iloc[0]:.2g}" if summary.plan.get("x", "level") else ""
+                        axes[down, across].set_xticks(levels, [shown])
                 else:
                     axes[down, across].set_visible(False)
         if columns:
-            label = summary.plan.get("x_label") or summary.plan.get("x") or "level"
+            label = summary.plan.get("x_label") or summary.plan.get("x", "level")
             figure.text(0.5, 0.1 / size[1], label, fontsize=8.5, ha="center", va="bottom")
             _legend(figure, looks, columns=per_row)
         return figure

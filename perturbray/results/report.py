@@ -104,7 +104,7 @@ def _view(
         "bounds": bounds,
         "controls": controls,
         "effects": sections.effects(summary),
-        "figure_title": f"Score against {plan.get('x', 'level').replace('_', ' ')}",
+        "figure_title": f"Score against {plan['x'].replace('_', ' ')}" if plan.get("x") else "Scores",
         "figure_caption": sections.figure_caption(summary),
         "board_caption": f"{BOARD} {SCALED}" if bounds else BOARD,
         "levels": sections.levels(summary),

@@ -1,0 +1,61 @@
+"""Every script of sweeps/ plans on its own screen and on files, and a minute's work of each runs."""
+
+import re
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+from perturbray.results import table
+
+SCRIPTS = sorted((Path(__file__).parents[2] / "sweeps").glob("*.py"))
+BASELINES = {
+    "transfer": {"no_change", "perturbed_mean", "perturbed_mean_global", "matching_mean", "mean_shift", "linear_plain"},
+    "combination": {"no_change", "perturbed_mean", "matching_mean", "additive", "linear_plain"},
+}
+
+
+def script(path: Path):
+    return lambda: runpy.run_path(str(path), run_name="__main__")
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
+def test_a_script_plans_on_its_own_screen(command, monkeypatch, path):
+    ended = command("--dry-run", "--smoke", entry=script(path))
+    assert (ended.code, ended.err) == (0, "")
+    keys = re.findall(r"^  ([0-9a-f]{16})  ", ended.out, re.MULTILINE)
+    assert len(set(keys)) == len(keys) > 5
+    assert sys.argv[0].endswith(".py")
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_seeds_and_baselines_of_a_script(command, name):
+    path = next(path for path in SCRIPTS if path.stem == name)
+    ended = command("--dry-run", entry=script(path))
+    assert ended.code == 0
+    rows = re.findall(r"^  [0-9a-f]{16}  (\w+), seed (\d)", ended.out, re.MULTILINE)
+    assert {seed for _, seed in rows} == set("01234")
+    models = {model for model, _ in rows}
+    assert models > BASELINES[name]
+    assert len(rows) == 5 * len(models)
+
+
+def test_combinations_of_k562_are_planned(command, shared_data):
+    path = next(path for path in SCRIPTS if path.stem == "combination")
+    ended = command("--data", shared_data / "perturbench_devel.h5ad", "--dry-run", "--smoke", entry=script(path))
+    assert (ended.code, ended.err) == (0, "")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", BASELINES)
+def test_a_minute_of_a_script_runs(command, name, ray_session):
+    path = next(path for path in SCRIPTS if path.stem == name)
+    ended = command("--smoke", "--set", "training.epochs=1", entry=script(path))
+    assert (ended.code, ended.err) == (0, "")
+    folder = Path(f"results/{name}-smoke")
+    found = table.read(folder)
+    assert set(found["model"]) > BASELINES[name]
+    assert found[found["metric"] == "rmse/average"]["value"].notna().all()
+    assert (folder / "report.html").stat().st_size > 0
+    assert "at level" not in ended.out, "a sweep along no axis has no levels"
