@@ -20,7 +20,6 @@ from perturbray.metrics.distribution import (
     mmd,
     remembered,
     skill,
-    squared_distances,
     variance_ratio,
     within,
 )
