@@ -8,7 +8,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, pairwise
 from types import ModuleType
 from typing import TypeVar
 
@@ -73,7 +73,7 @@ class Gaussian:
     def sums(self, squares: np.ndarray) -> np.ndarray:
         """One exponential for the widest kernel; one half as wide is its fourth power."""
         wide = sorted(self.sigmas, reverse=True)
-        halving = all(last == 2 * sigma for last, sigma in zip(wide, wide[1:], strict=False))
+        halving = all(last == 2 * sigma for last, sigma in pairwise(wide))
         kernel, out = squares if halving else np.empty_like(squares), []
         for position, sigma in enumerate(wide):
             if position and wide[position - 1] == 2 * sigma:

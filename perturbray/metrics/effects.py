@@ -19,12 +19,17 @@ ROUNDING = 1e-9  # a difference below this share of its operands is no effect
 
 @dataclass(frozen=True, kw_only=True)
 class Side:
-    """One side of a comparison, a row a condition: its pseudobulk, its control and the common centre."""
+    """One side of a comparison, a row a condition: its pseudobulk, its control and the prediction it is of."""
 
     bulk: Pseudobulk  # (conditions, genes)
     control: Pseudobulk  # (conditions, genes): the control of each condition's context
-    centre: np.ndarray  # (conditions, genes): mean over the reference perturbations, the same for both sides
+    prediction: Prediction
     target_sum: float | None  # counts to which each cell was normalised
+
+    @property
+    def centre(self) -> np.ndarray:
+        """Mean over the reference perturbations, the same for both sides, (conditions, genes)."""
+        return _centre(self.prediction)
 
     def linear(self, bulk: Pseudobulk) -> np.ndarray:
         if bulk.linear is None:
@@ -64,9 +69,8 @@ def effect(name: str, **traits: bool) -> Callable[[Callable[[Side], np.ndarray]]
 
 def sides(prediction: Prediction) -> tuple[Side, Side]:
     """The predicted and the observed side of a prediction."""
-    centre = _centre(prediction)
     truth_control = prediction.control if prediction.observed_control is None else prediction.observed_control
-    shared = {"centre": centre, "target_sum": prediction.target_sum}
+    shared = {"prediction": prediction, "target_sum": prediction.target_sum}
     return (
         Side(bulk=prediction.predicted, control=prediction.control.rows(prediction.context), **shared),
         Side(bulk=prediction.observed, control=truth_control.rows(prediction.context), **shared),
@@ -87,9 +91,14 @@ def _centre(prediction: Prediction) -> np.ndarray:
 def _difference(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """a − b, but exactly zero for a row that differs by rounding only, because an angle to noise is a lottery."""
     difference = a - b
-    scale = np.maximum(np.abs(a), np.abs(b)).max(axis=-1, keepdims=True, initial=0)
-    rounding = np.abs(difference).max(axis=-1, keepdims=True, initial=0) <= ROUNDING * scale
-    return np.where(rounding, 0.0, difference)
+    rounding = _largest(difference) <= ROUNDING * np.maximum(_largest(a), _largest(b))
+    difference[np.broadcast_to(rounding, difference.shape[:-1])] = 0.0
+    return difference
+
+
+def _largest(rows: np.ndarray) -> np.ndarray:
+    """Largest absolute value along the last axis; no copy of the rows."""
+    return np.maximum(rows.max(axis=-1, initial=0), -rows.min(axis=-1, initial=0))
 
 
 @effect("average")

@@ -132,7 +132,7 @@ class Metric:
         for rows in prediction.groups():
             context = prediction.contexts[prediction.context[rows[0]]]
             kept = self._genes(prediction, rows)
-            sides = predicted[np.ix_(rows, kept)], observed[np.ix_(rows, kept)]
+            sides = _cut(predicted, rows, kept), _cut(observed, rows, kept)
             if self.rank:
                 own = self._own(prediction, rows, kept)
                 values[rows], status[rows] = self._rank(
@@ -199,6 +199,13 @@ class Metric:
         if prediction.weights is None:
             raise InputError(f"metric {self.name!r} needs gene weights; this prediction carries none")
         return prediction.weights[np.ix_(rows, kept)]
+
+
+def _cut(matrix: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    """These rows and columns; without a copy where they are all columns of consecutive rows."""
+    if len(columns) == matrix.shape[1] and len(rows) and rows[-1] - rows[0] == len(rows) - 1:
+        return matrix[rows[0] : rows[-1] + 1]
+    return matrix[np.ix_(rows, columns)]
 
 
 def targeted(perturbations: Iterable[str]) -> set[str]:

@@ -102,11 +102,14 @@ def _squares_of_pairs(predicted: np.ndarray, observed: np.ndarray) -> np.ndarray
     """
     if len(predicted) != len(observed) or predicted.shape[0] * predicted.size < SMALL:
         return cdist(predicted, observed, "sqeuclidean")
-    right = np.einsum("...g,...g->...", predicted - observed, predicted - observed)
+    a = predicted - observed
+    right = np.einsum("ij,ij->i", a, a)
     centre = observed.mean(axis=0)
-    a, b = predicted - centre, observed - centre
+    a, b = np.subtract(predicted, centre, out=a), observed - centre
     norms = np.einsum("ij,ij->i", a, a)[:, None] + np.einsum("ij,ij->i", b, b)
-    squares = norms - 2 * (a @ b.T)
+    squares = a @ b.T
+    squares *= -2
+    squares += norms
     doubtful = squares < 1e-5 * norms
     for own in (right[:, None], right):
         doubtful |= np.abs(squares - own) < 1e-9 * (norms + own)
@@ -116,7 +119,8 @@ def _squares_of_pairs(predicted: np.ndarray, observed: np.ndarray) -> np.ndarray
     step = max(1, 2**22 // predicted.shape[1])
     for start in range(0, len(pairs[0]), step):
         i, j = pairs[0][start : start + step], pairs[1][start : start + step]
-        squares[i, j] = np.einsum("...g,...g->...", predicted[i] - observed[j], predicted[i] - observed[j])
+        difference = predicted[i] - observed[j]
+        squares[i, j] = np.einsum("ij,ij->i", difference, difference)
     return squares
 
 

@@ -5,7 +5,7 @@ from scipy import sparse, stats
 
 from perturbray.errors import InputError
 from perturbray.metrics import AGREEMENTS
-from perturbray.metrics.cells import Cells, moments
+from perturbray.metrics.cells import Cells, dense, moments
 from perturbray.metrics.expression import (
     Genes,
     area_under_roc,
@@ -90,6 +90,26 @@ def test_a_table_of_rank_sums_is_that_of_each_pair(form, engine):
         np.testing.assert_allclose(p[row], expected_p, rtol=1e-9)
         np.testing.assert_allclose(z[row], expected_z, rtol=1e-9, atol=1e-12)
     assert p[0, 3] == 1
+
+
+@pytest.mark.parametrize("form", [np.asarray, sparse.csr_matrix])
+@pytest.mark.parametrize("engine", ["scipy", "illico"])
+def test_a_table_of_rank_sums_takes_the_cells_of_its_groups_wherever_they_stand(form, engine):
+    """In any order, among cells of no group, of one group twice, and with the control in a file of its own."""
+    if engine == "illico":
+        pytest.importorskip("illico")
+    side = cells(form)
+    expected = rank_sum_table(side, [0, 1], side, 2, engine=engine)
+    order = RNG.permutation(90)
+    mixed = Cells(X=side.X[order], group=side.group[order], groups=3)
+    more = Cells(X=form(dense(side.X)[np.append(order, order[:9])]), group=np.append(mixed.group, [-1] * 9), groups=3)
+    apart = Cells(X=side.X[:50], group=side.group[:50], groups=3), Cells(X=side.X[50:], group=side.group[50:], groups=3)
+    for own, reference in ((mixed, mixed), (more, more), apart, (mixed, more)):
+        got = rank_sum_table(own, [0, 1], reference, 2, engine=engine)
+        np.testing.assert_allclose(got, expected, rtol=1e-12, atol=1e-13)
+    for group in (0, 1):
+        alone = rank_sum_table(mixed, [group, group], mixed, 2, engine=engine)
+        np.testing.assert_allclose(alone, np.array(expected)[:, [group, group]], rtol=1e-12, atol=1e-13)
 
 
 def test_an_unknown_engine_is_refused():

@@ -3,9 +3,12 @@
 import logging
 import tempfile
 
+import anndata
 import numpy as np
-import sklearn.metrics
+import pandas as pd
 from cell_eval import MetricsEvaluator
+from cell_eval._types import PerturbationAnndataPair
+from cell_eval.metrics._anndata import discrimination_score
 from serve import serve
 
 logging.disable(logging.WARNING)
@@ -28,22 +31,26 @@ def evaluation(observed, predicted, warm):
 
 
 def rank(path, score):
-    """The row loop of its discrimination score, over contexts."""
+    """Its own discrimination score of pseudobulks, a row loop, over contexts; their control is zero."""
     data = np.load(path)
-    genes, names = data["genes"], data["names"]
-    contexts = list(zip(data["predicted"], data["observed"], strict=True))
+    names, genes = data["names"].tolist(), data["genes"].tolist()
 
-    def one(predicted, observed):
-        found = []
-        for row, name in enumerate(names):
-            kept = np.flatnonzero(genes != name)
-            distance = sklearn.metrics.pairwise_distances(
-                observed[:, kept], predicted[row, kept].reshape(1, -1), metric=score
-            ).flatten()
-            found.append(int(np.flatnonzero(np.argsort(distance) == np.flatnonzero(names == name)[0])[0]))
-        return found
+    def bulk(means):
+        obs = pd.DataFrame({"condition": [*names, "control"]}, index=[*names, "control"])
+        return anndata.AnnData(np.vstack([means, np.zeros(len(genes))]), obs=obs, var=pd.DataFrame(index=genes))
 
-    return lambda: [one(*context) for context in contexts]
+    pairs = [
+        PerturbationAnndataPair(real=bulk(observed), pred=bulk(predicted), pert_col="condition", control_pert="control")
+        for predicted, observed in zip(data["predicted"], data["observed"], strict=True)
+    ]
+    for pair in pairs:
+        pair._initialize_bulk_arrays()  # means are given to ours too
+
+    def one(pair):
+        found = discrimination_score(pair, metric=score)
+        return [round((1 - found[name]) * len(names)) for name in names]
+
+    return lambda: [one(pair) for pair in pairs]
 
 
 if __name__ == "__main__":
