@@ -201,8 +201,9 @@ PEAK = """
 
 
 @pytest.mark.slow
-def test_a_trial_more_on_one_screen_adds_less_than_400_mb(tmp_path, own_cache):
-    """Two, then four at once on a store of 180 MB."""
+def test_a_trial_more_on_one_screen_adds_its_own_process_and_no_copy_of_the_screen(tmp_path, own_cache):
+    """Two, then four at once on a store of 180 MB. A process took 469 MB: torch 142, what its optimisers import 68, other
+    imports and compiled loops 150, and a copy of the screen would come on top."""
     cells, genes = 60_000, 2000
     rng = np.random.default_rng(0)
     values = sparse.random(cells, genes, density=0.25, format="csr", random_state=0, dtype=np.float32)
@@ -217,4 +218,4 @@ def test_a_trial_more_on_one_screen_adds_less_than_400_mb(tmp_path, own_cache):
     assert (two[0], four[0]) == (2, 4)
     print(f"two trials {two[1]:.0f} MB, four {four[1]:.0f} MB")
     assert two[1] > 300, "nothing was measured"
-    assert (four[1] - two[1]) / 2 < 400
+    assert (four[1] - two[1]) / 2 < 550
