@@ -1,5 +1,6 @@
 """Batches: cells of a subset, each paired with a control of its context, as dense tensors on the model's device."""
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -33,7 +34,7 @@ class Batch:
     condition: Tensor  # (cells,) int64
     context: Tensor  # (cells,) int64
     cell: Tensor | None = None  # (cells,) int64, row numbers of the cells in the dataset; None when predicting
-    embedding: Tensor | None = None  # (cells, width) float32, rows of obsm of the cells themselves, where asked
+    embedding: Tensor | None = None  # (cells, width) float32, rows of an obsm matrix of the cells, where asked
     control_embedding: Tensor | None = None  # (cells, width) float32, rows of the same matrix of the control cells
     generator: torch.Generator | None = None  # what a model that samples draws from; None: it predicts its mean
 
@@ -204,6 +205,13 @@ class BatchStream:
                 here = numbers[part.start - start : part.stop - start]
                 # Yielded at once: a name here would hold the batch while the next one looks for memory.
                 yield self._batch(plan.rows[part], self._densifier.dense(cells, here), paired(part))
+
+    def every_cell(self, subset: int = TRAIN) -> Iterator[Batch]:
+        """Each cell of a subset once, controls too and unpaired, in the order of the file, whatever an epoch visits: for
+        statistics of a screen."""
+        whole = copy.copy(self)
+        whole.mode, whole.sampling = "all", Sampling()
+        return whole.epoch(subset, shuffle=False)
 
     def batch(self, rows: np.ndarray, controls: np.ndarray | None) -> Batch:
         """The batch of given cells, and of the control cells that they are paired with."""

@@ -26,9 +26,7 @@ class ModelSpec(ABC):
     """Hyperparameters, and what a model says of itself: on which cells it trains, what it needs, what it extends to."""
 
     mode: ClassVar[Mode] = "paired"
-    unit: ClassVar[Unit] = (
-        "cell"  # what a batch is made of; of sets, ``set_size``, a field of the model, says how large
-    )
+    unit: ClassVar[Unit] = "cell"  # what a batch is made of; models of sets have a field ``set_size``
     learning: ClassVar[Learning] = "gradient"
     needs: ClassVar[tuple[Need, ...]] = ("controls",)  # what a prediction reads beside the condition
     unseen: ClassVar[tuple[Unseen, ...]] = ("combination",)  # what it predicts that training never shows

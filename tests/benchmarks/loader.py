@@ -87,6 +87,9 @@ def speed(run: Run) -> None:
         run.report.figure(f"{name}_cells_a_second", cost.value / cost.wall)
         run.report.figure(f"{name}_cells_a_cpu_second", cost.value / cost.cpu)
 
+    whole = [costs[name].value for name in costs if name not in ("annloader", "scdataset")]
+    run.report.figure("speed_cells_that_differ", max(whole) - min(whole), "0: every loader delivers every cell")
+
     def over(first: str, second: str, unit: str) -> float:
         mine, other = costs[first], costs[second]
         return mine.value / getattr(mine, unit) / (other.value / getattr(other, unit))

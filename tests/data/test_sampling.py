@@ -158,6 +158,15 @@ def test_controls_of_sets_are_of_their_context_and_seldom_twice_in_one(numbered)
     assert (later != controls).any()
 
 
+@pytest.mark.parametrize("how", [{"unit": "set", "set_size": 8}, {"balance": True, "chunk": 16}, {"unit": "condition"}])
+def test_statistics_see_every_cell_once_however_an_epoch_is_drawn(numbered, how):
+    stream = numbered.stream("paired", sampling=Sampling(**how), embedding="X_pca")
+    batches = list(stream.every_cell(TRAIN))
+    assert rows_of(batches).tolist() == np.flatnonzero(numbered.split.cell == TRAIN).tolist()
+    assert all(batch.control is None and batch.embedding is not None for batch in batches)
+    assert (stream.mode, stream.sampling) == ("paired", Sampling(**how))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
