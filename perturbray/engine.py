@@ -19,6 +19,7 @@ from perturbray.cluster import SCORER_CPUS, Cluster, Placement, connect, place
 from perturbray.data.dataset import Conditions, DatasetSpec
 from perturbray.data.splits import TRAIN
 from perturbray.data.truth import digest, observe
+from perturbray.data.vocabulary import Vocabulary
 from perturbray.metrics.cell_metrics import COMPONENTS
 from perturbray.metrics.distribution import fit_pca
 from perturbray.plan import Plan, reference, task_of, versions
@@ -303,6 +304,7 @@ def _keep(outcome: Outcome, trial: Trial, conditions: Conditions, depth: float |
         state=outcome.model.state_dict(),
         conditions=conditions,
         subset=outcome.split.condition,
+        train_cells=Vocabulary.of(conditions, outcome.split).train_cells,
         roles={name: getattr(trial.dataset, name) for name in ("perturbation", "delimiter", "layer")},
         depth=depth,
         seed=trial.seed,

@@ -21,6 +21,8 @@ class Vocabulary:
     is_control: np.ndarray  # (conditions,) bool
     is_train: np.ndarray  # (conditions,) bool, perturbed conditions that are trained on
     known: np.ndarray  # (conditions,) bool: every single perturbation and every covariate level is in training
+    train_cells: np.ndarray  # (conditions,) int64, cells that are trained on
+    embedding_width: int = 0  # columns of the obsm matrix that a model reads cells from; 0: it reads expression
     singles: tuple[tuple[str, ...], ...] = ()  # (conditions,) names, those that training never shows among them
 
     @classmethod
@@ -56,5 +58,6 @@ class Vocabulary:
             is_control=conditions.is_control,
             is_train=train,
             known=known,
+            train_cells=np.bincount(conditions.cell_condition[split.cell == TRAIN], minlength=len(conditions)),
             singles=conditions.singles,
         )

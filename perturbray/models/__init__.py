@@ -2,6 +2,7 @@
 
 from perturbray.models import baselines as baselines
 from perturbray.models import bilinear as bilinear
+from perturbray.models import cpa as cpa
 from perturbray.models import decoder_only as decoder_only
 from perturbray.models import latent_additive as latent_additive
 from perturbray.models import linear_additive as linear_additive

@@ -1,25 +1,36 @@
 """ModelSpec, the hyperparameters that a user writes, and Model, the network that it builds: the contract of every model."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from perturbray.data.batches import Batch, Mode
 from perturbray.data.vocabulary import Vocabulary
+from perturbray.errors import InputError
 from perturbray.registry import Registry
 from perturbray.space import Space
 
 MODELS: Registry = Registry("model")
 
+Learning = Literal["gradient", "one pass", "nothing"]
+Need = Literal["controls", "embedding", "perturbation vectors"]
+Unseen = Literal["combination", "perturbation", "context"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSpec(ABC):
-    """Hyperparameters, and which cells training shows to the model."""
+    """Hyperparameters, and what a model says of itself: on which cells it trains, what it needs, what it extends to."""
 
     mode: ClassVar[Mode] = "paired"
+    learning: ClassVar[Learning] = "gradient"
+    needs: ClassVar[tuple[Need, ...]] = ("controls",)  # what a prediction reads beside the condition
+    unseen: ClassVar[tuple[Unseen, ...]] = ("combination",)  # what it predicts that training never shows
+    samples: ClassVar[bool] = False  # draws from ``batch.generator`` where there is one
+    embedding: ClassVar[str] = ""  # a field of models that can read cells as rows of this obsm matrix
 
     @abstractmethod
     def build(self, vocabulary: Vocabulary) -> "Model":
@@ -74,16 +85,67 @@ class Model(nn.Module, ABC):
         return self.one_hot[batch.context]
 
 
+def cell_width(spec: ModelSpec, vocabulary: Vocabulary) -> int:
+    """The width of what a model reads of a cell: its genes, or its row of the obsm matrix that the spec names."""
+    if spec.embedding and not vocabulary.embedding_width:
+        raise InputError(f"model.embedding={spec.embedding!r}: the dataset has no such obsm matrix")
+    return vocabulary.embedding_width if spec.embedding else len(vocabulary.genes)
+
+
+@dataclass(frozen=True)
+class Moment:
+    """Where training stands, counted from 0."""
+
+    epoch: int
+    step: int  # batches since the first of the first epoch
+
+
+class Descent(Protocol):
+    """What an optimiser has to be made of; ``training.fit.Training`` is one."""
+
+    lr: float
+    weight_decay: float
+
+
 class GradientModel(Model):
-    """Learns by descending on ``loss``."""
+    """Learns by descending on ``loss``; or, with several optimisers, on what ``step`` says at each batch.
+
+    While training, what is random in a model draws from torch's own generators, which a trial seeds.
+    """
+
+    warmup_epochs: int = 0  # whose weights are no candidates for the best, since they are not yet those of this model
 
     @abstractmethod
     def loss(self, batch: Batch) -> Tensor:
-        """The mean over cells of what is minimised, and what validation watches; a scalar."""
+        """The mean over cells of what is minimised; a scalar. Without an adversary's part, which has no minimum."""
+
+    def watched(self, batch: Batch) -> dict[str, Tensor]:
+        """Means over cells that validation reports: ``loss`` decides on the rate, on stopping and on the best weights."""
+        return {"loss": self.loss(batch)}
+
+    def optimisers(self, training: Descent) -> dict[str, torch.optim.Optimizer]:
+        """The optimisers by name; the first is that of ``loss``."""
+        return {"model": adam(self.parameters(), training)}
+
+    def step(self, batch: Batch, at: Moment) -> tuple[str, Tensor]:
+        """The optimiser that moves its parameters at this batch, and what it minimises."""
+        return "model", self.loss(batch)
+
+    def compilable(self) -> Iterable[nn.Module]:
+        """The parts that ``torch.compile`` may take; not those whose gradient is differentiated once more."""
+        return self.children()
+
+
+def adam(parameters: Iterable[nn.Parameter], training: Descent) -> torch.optim.Adam:
+    """The optimiser of all models. Fused: a sixth less time an epoch for small networks on a CPU."""
+    return torch.optim.Adam(parameters, lr=training.lr, weight_decay=training.weight_decay, fused=True)
 
 
 class StreamingModel(Model):
-    """Learns in one pass over the training cells, without a gradient."""
+    """Learns in one pass over the training cells, without a gradient.
+
+    A ``GradientModel`` that is a ``StreamingModel`` too has the pass before its first epoch (a PCA, condition means).
+    """
 
     @abstractmethod
     def update(self, batch: Batch) -> None:

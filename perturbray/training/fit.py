@@ -1,4 +1,4 @@
-"""Fitting: the one loop for every model. Epochs, schedule, early stopping, the best weights, exact resume."""
+"""Fitting: the one loop for every model. Epochs, schedules, early stopping, the best weights, exact resume."""
 
 import copy
 import math
@@ -6,13 +6,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
 from perturbray.data.batches import BatchStream
 from perturbray.data.splits import TRAIN, VAL
-from perturbray.errors import InputError
-from perturbray.models.base import GradientModel, Model, StreamingModel
+from perturbray.errors import InputError, nearest
+from perturbray.models.base import GradientModel, Model, Moment, StreamingModel
 
 Report = Callable[[dict[str, float], Callable[[], dict]], None]  # values of an epoch, and a way to get the state
+PRECISIONS = ("float32", "bfloat16")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +28,9 @@ class Training:
     patience: int = 8  # epochs without a better validation loss before stopping
     plateau_factor: float = 0.2  # by which the learning rate falls ...
     plateau_patience: int = 4  # ... after so many epochs without a better validation loss
-    clip_norm: float = 0.0  # gradient norm; 0: not clipped
+    clip_norm: float = 0.0  # gradient norm of what one optimiser moves; 0: not clipped
+    precision: str = "float32"  # bfloat16: matrix products of training in it, for GPUs; predictions stay in float32
+    compile: bool = False  # torch.compile of a model's parts: a minute first, then faster epochs on a GPU
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "patience"):
@@ -36,6 +40,8 @@ class Training:
             raise InputError(f"training.lr={self.lr}: above 0")
         if not 0 < self.plateau_factor < 1:
             raise InputError(f"training.plateau_factor={self.plateau_factor}: above 0 and below 1")
+        if self.precision not in PRECISIONS:
+            raise InputError(f"training.precision={self.precision!r}: {nearest(self.precision, PRECISIONS)}")
 
 
 @dataclass(kw_only=True)
@@ -56,108 +62,174 @@ def fit(
     model: Model, stream: BatchStream, training: Training, *, report: Report | None = None, state: dict | None = None
 ) -> Fit:
     """Fit in place; with ``state`` go on from there. Draws from torch's generator, which the caller seeds."""
-    if isinstance(model, StreamingModel):
-        with torch.no_grad():
-            for batch in stream.epoch(TRAIN, shuffle=False):
-                model.update(batch)
-            model.finish()
-        return Fit()
+    if isinstance(model, StreamingModel) and state is None:
+        _pass(model, stream)
     if isinstance(model, GradientModel):
-        return _descend(model, stream, training, report, state)
+        return _Descent(model, stream, training).run(report, state)
     return Fit()
 
 
-def _descend(
-    model: GradientModel, stream: BatchStream, training: Training, report: Report | None, state: dict | None
-) -> Fit:
-    optimiser = torch.optim.Adam(
-        model.parameters(), lr=training.lr, weight_decay=training.weight_decay, fused=True
-    )  # fused: a sixth less time an epoch for small networks on a CPU
-    schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(
-        optimiser, factor=training.plateau_factor, patience=training.plateau_patience
-    )
-    # Without a held-out condition for validation (a very small screen) the training loss decides.
-    watched = VAL if len(stream.rows(VAL)) else TRAIN
-    progress = {"epoch": 0, "best_epoch": 0, "best_loss": math.inf, "history": []}
-    best = copy.deepcopy(model.state_dict())
-    on_gpu = stream.device.type == "cuda"
-    if state is not None:
-        state = copy.deepcopy(state)  # the optimiser and the progress go on from it in place
-        model.load_state_dict(state["model"])
-        optimiser.load_state_dict(state["optimiser"])
-        schedule.load_state_dict(state["schedule"])
-        torch.set_rng_state(state["generator"])
-        if on_gpu and state["gpu_generator"] is not None:
-            torch.cuda.set_rng_state(state["gpu_generator"], stream.device)
-        progress, best = state["progress"], state["best"]
+@torch.no_grad()
+def _pass(model: StreamingModel, stream: BatchStream) -> None:
+    """Every training cell once, controls included, whatever cells the epochs of the model visit."""
+    whole = copy.copy(stream)
+    whole.mode = "all"
+    for batch in whole.epoch(TRAIN, shuffle=False):
+        model.update(batch)
+    model.finish()
 
-    def snapshot() -> dict:
-        return {
-            "model": model.state_dict(),
-            "optimiser": optimiser.state_dict(),
-            "schedule": schedule.state_dict(),
-            "generator": torch.get_rng_state(),
-            "gpu_generator": torch.cuda.get_rng_state(stream.device) if on_gpu else None,  # dropout draws from it
-            "progress": progress,
-            "best": best,
-        }
 
-    while progress["epoch"] < training.epochs and progress["epoch"] - progress["best_epoch"] < training.patience:
-        number = progress["epoch"]
-        train_loss = _train(model, stream, optimiser, training, number)
-        loss = validate(model, stream, watched)
-        if not math.isfinite(train_loss) or not math.isfinite(loss):
-            raise DivergedError(
-                f"the loss is not finite in epoch {number + 1} (train {train_loss}, {'val' if watched == VAL else 'train'} "
-                f"{loss}); lower training.lr (now {training.lr:g}) or set training.clip_norm"
+class _Descent:
+    """The fit of a model by gradient: what it is made of, and what a state restores."""
+
+    def __init__(self, model: GradientModel, stream: BatchStream, training: Training) -> None:
+        self.model, self.stream, self.training = model, stream, training
+        self.optimisers = model.optimisers(training)
+        self.schedules = {
+            name: torch.optim.lr_scheduler.ReduceLROnPlateau(
+                optimiser, factor=training.plateau_factor, patience=training.plateau_patience
             )
-        schedule.step(loss)
-        progress["epoch"] = number + 1
-        if loss < progress["best_loss"]:
-            progress["best_loss"], progress["best_epoch"] = loss, number + 1
-            best = copy.deepcopy(model.state_dict())
-        values = {
-            "epoch": number + 1,
-            "train_loss": train_loss,
-            "val_loss": loss,
-            "lr": optimiser.param_groups[0]["lr"],
+            for name, optimiser in self.optimisers.items()
         }
-        progress["history"].append(values)
-        if report is not None:
-            report(values, snapshot)
-    model.load_state_dict(best)
-    return Fit(
-        epochs=progress["epoch"],
-        best_epoch=progress["best_epoch"],
-        best_loss=progress["best_loss"],
-        history=progress["history"],
-    )
+        # Without a held-out condition for validation (a very small screen) the training loss decides.
+        self.subset = VAL if len(stream.rows(VAL)) else TRAIN
+        self.progress = {"epoch": 0, "step": 0, "best_epoch": 0, "best_loss": math.inf, "history": []}
+        self.best = copy.deepcopy(model.state_dict())
+        # Where training ends within the warm-up, its last weights are the ones there are.
+        self.warmup = min(model.warmup_epochs, training.epochs - 1)
+        if training.compile:
+            for part in model.compilable():
+                part.compile(dynamic=True)
+
+    def run(self, report: Report | None, state: dict | None) -> Fit:
+        if state is not None:
+            self.restore(state)
+        while not self.done():
+            values = self.epoch(self.progress["epoch"])
+            self.progress["history"].append(values)
+            if report is not None:
+                report(values, self.state)
+        self.model.load_state_dict(self.best)
+        kept = self.progress
+        return Fit(
+            epochs=kept["epoch"],
+            best_epoch=kept["best_epoch"],
+            best_loss=kept["best_loss"],
+            history=kept["history"],
+        )
+
+    def done(self) -> bool:
+        epoch = self.progress["epoch"]
+        waited = epoch - max(self.progress["best_epoch"], self.warmup)
+        return epoch >= self.training.epochs or waited >= self.training.patience
+
+    def epoch(self, number: int) -> dict[str, float]:
+        """Train, validate, and step the schedules; the values that are reported."""
+        trained, watched = self.train(number), watch(self.model, self.stream, self.subset, self.training)
+        self.check(number, trained, watched)
+        loss = watched["loss"]
+        for schedule in self.schedules.values():
+            schedule.step(loss)
+        self.progress["epoch"] = number + 1
+        if number >= self.warmup and loss < self.progress["best_loss"]:
+            self.progress["best_loss"], self.progress["best_epoch"] = loss, number + 1
+            self.best = copy.deepcopy(self.model.state_dict())
+        first = next(iter(self.optimisers))
+        return {
+            "epoch": number + 1,
+            **{"train_loss" if name == first else f"train_{name}": value for name, value in trained.items()},
+            **{f"val_{name}": value for name, value in watched.items()},
+            "lr": self.optimisers[first].param_groups[0]["lr"],
+        }
+
+    def train(self, number: int) -> dict[str, float]:
+        """One epoch; for each optimiser that moved something the mean over cells of what it minimised."""
+        self.model.train()
+        totals = {name: _Mean(self.stream.device) for name in self.optimisers}
+        parameters = {name: _parameters(optimiser) for name, optimiser in self.optimisers.items()}
+        for batch in self.stream.epoch(TRAIN, number=number):
+            with _autocast(self.stream, self.training):
+                name, loss = self.model.step(batch, Moment(epoch=number, step=self.progress["step"]))
+            optimiser = self.optimisers[name]
+            optimiser.zero_grad(set_to_none=True)
+            loss.backward(inputs=parameters[name])  # nothing else is moved, so nothing else needs a gradient
+            if self.training.clip_norm:
+                torch.nn.utils.clip_grad_norm_(parameters[name], self.training.clip_norm)
+            optimiser.step()
+            totals[name].add(loss, len(batch))
+            self.progress["step"] += 1
+        return {name: total.value() for name, total in totals.items() if total.cells}
+
+    def check(self, number: int, trained: dict[str, float], watched: dict[str, float]) -> None:
+        """Raise DivergedError where a loss of the epoch is not finite."""
+        name = "val" if self.subset == VAL else "train"
+        values = {f"train {n}": value for n, value in trained.items()} | {f"{name} {n}": v for n, v in watched.items()}
+        if not all(map(math.isfinite, values.values())):
+            raise DivergedError(
+                f"the loss is not finite in epoch {number + 1} ({', '.join(f'{n} {v}' for n, v in values.items())}); "
+                f"lower training.lr (now {self.training.lr:g}) or set training.clip_norm"
+            )
+
+    def state(self) -> dict:
+        on_gpu = self.stream.device.type == "cuda"
+        return {
+            "model": self.model.state_dict(),
+            "optimisers": {name: optimiser.state_dict() for name, optimiser in self.optimisers.items()},
+            "schedules": {name: schedule.state_dict() for name, schedule in self.schedules.items()},
+            "generator": torch.get_rng_state(),
+            # Dropout draws from it.
+            "gpu_generator": torch.cuda.get_rng_state(self.stream.device) if on_gpu else None,
+            "progress": self.progress,
+            "best": self.best,
+        }
+
+    def restore(self, state: dict) -> None:
+        state = copy.deepcopy(state)  # the optimisers and the progress go on from it in place
+        self.model.load_state_dict(state["model"])
+        for name, optimiser in self.optimisers.items():
+            optimiser.load_state_dict(state["optimisers"][name])
+            self.schedules[name].load_state_dict(state["schedules"][name])
+        torch.set_rng_state(state["generator"])
+        if self.stream.device.type == "cuda" and state["gpu_generator"] is not None:
+            torch.cuda.set_rng_state(state["gpu_generator"], self.stream.device)
+        self.progress, self.best = state["progress"], state["best"]
 
 
-def _train(
-    model: GradientModel, stream: BatchStream, optimiser: torch.optim.Optimizer, training: Training, number: int
-) -> float:
-    """One epoch; the mean loss over cells."""
-    model.train()
-    total, cells = torch.zeros((), dtype=torch.float64, device=stream.device), 0
-    for batch in stream.epoch(TRAIN, number=number):
-        loss = model.loss(batch)
-        optimiser.zero_grad(set_to_none=True)
-        loss.backward()
-        if training.clip_norm:
-            torch.nn.utils.clip_grad_norm_(model.parameters(), training.clip_norm)
-        optimiser.step()
-        total += loss.detach() * len(batch)
-        cells += len(batch)
-    return float(total) / max(cells, 1)
+class _Mean:
+    """A mean over cells that waits for no device before it is asked for."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.total, self.cells = torch.zeros((), dtype=torch.float64, device=device), 0
+
+    def add(self, mean: Tensor, cells: int) -> None:
+        self.total += mean.detach() * cells
+        self.cells += cells
+
+    def value(self) -> float:
+        return float(self.total) / max(self.cells, 1)
+
+
+def _parameters(optimiser: torch.optim.Optimizer) -> list[torch.nn.Parameter]:
+    return [parameter for group in optimiser.param_groups for parameter in group["params"]]
+
+
+def _autocast(stream: BatchStream, training: Training) -> torch.autocast:
+    return torch.autocast(stream.device.type, dtype=torch.bfloat16, enabled=training.precision == "bfloat16")
 
 
 @torch.no_grad()
+def watch(model: GradientModel, stream: BatchStream, subset: int, training: Training) -> dict[str, float]:
+    """What a model watches, as means over a subset's cells, every cell with the same control in every epoch."""
+    model.eval()
+    means: dict[str, _Mean] = {}
+    for batch in stream.epoch(subset, shuffle=False, fixed=True):
+        with _autocast(stream, training):
+            values = model.watched(batch)
+        for name, value in values.items():
+            means.setdefault(name, _Mean(stream.device)).add(value, len(batch))
+    return {name: mean.value() for name, mean in means.items()}
+
+
 def validate(model: GradientModel, stream: BatchStream, subset: int) -> float:
     """The mean loss over a subset's cells, every cell with the same control in every epoch."""
-    model.eval()
-    total, cells = torch.zeros((), dtype=torch.float64, device=stream.device), 0
-    for batch in stream.epoch(subset, shuffle=False, fixed=True):
-        total += model.loss(batch) * len(batch)
-        cells += len(batch)
-    return float(total) / max(cells, 1)
+    return watch(model, stream, subset, Training())["loss"]

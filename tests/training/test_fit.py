@@ -146,7 +146,8 @@ def test_a_state_serves_more_than_once(lab):
     assert same(first, second)
     assert done == again
     assert state["progress"] == before["progress"]
-    for kept, part in zip(before["optimiser"]["state"].values(), state["optimiser"]["state"].values(), strict=True):
+    before, state = before["optimisers"]["model"], state["optimisers"]["model"]
+    for kept, part in zip(before["state"].values(), state["state"].values(), strict=True):
         assert all(torch.equal(kept[name], part[name]) for name in kept)
 
 
