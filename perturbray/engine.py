@@ -21,6 +21,7 @@ from perturbray.data.loading import Delivery
 from perturbray.data.splits import TRAIN
 from perturbray.data.store import Store
 from perturbray.data.truth import CELLS_SEED, digest, observe
+from perturbray.data.vocabulary import Vocabulary
 from perturbray.metrics.cell_metrics import COMPONENTS
 from perturbray.metrics.distribution import fit_pca
 from perturbray.models.base import MODELS
@@ -327,6 +328,7 @@ def _keep(outcome: Outcome, trial: Trial, conditions: Conditions, depth: float |
         state=outcome.model.state_dict(),
         conditions=conditions,
         subset=outcome.split.condition,
+        train_cells=Vocabulary.of(conditions, outcome.split).train_cells,
         roles={name: getattr(trial.dataset, name) for name in ("perturbation", "delimiter", "layer")},
         depth=depth,
         seed=trial.seed,

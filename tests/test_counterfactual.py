@@ -50,6 +50,7 @@ def fitted(spec: ModelSpec, lab: screens.Lab, dataset: DatasetSpec, *, seed: int
         state=model.state_dict(),
         conditions=bare,
         subset=lab.split.condition,
+        train_cells=lab.vocabulary.train_cells,
         roles={"perturbation": dataset.perturbation, "delimiter": dataset.delimiter, "layer": None},
         depth=normalisation.depth if normalisation.log1p else None,
         seed=seed,
@@ -315,7 +316,14 @@ def test_perturbations_are_ranked_in_the_contexts_where_they_were_not_measured(t
     whole = screens.lab_of(DatasetSpec(path=str(synthetic.write(tmp_path / "w.h5ad", synthetic.Screen.small(**shape)))))
     with pytest.raises(InputError, match="every perturbation was measured in every context"):
         rank(
-            [replace(one, conditions=replace(whole.conditions), subset=whole.split.condition)],
+            [
+                replace(
+                    one,
+                    conditions=replace(whole.conditions),
+                    subset=whole.split.condition,
+                    train_cells=whole.vocabulary.train_cells,
+                )
+            ],
             controls,
             kind="contexts",
         )

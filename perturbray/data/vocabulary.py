@@ -22,8 +22,8 @@ class Vocabulary:
     is_train: np.ndarray  # (conditions,) bool, perturbed conditions that are trained on
     known: np.ndarray  # (conditions,) bool: every single perturbation and every covariate level is in training
     train_cells: np.ndarray  # (conditions,) int64, cells that are trained on
-    singles: tuple[tuple[str, ...], ...] = ()  # (conditions,) names, those that training never shows among them
     embedding_width: int = 0  # columns of the obsm matrix that a model reads cells from; 0: it reads expression
+    singles: tuple[tuple[str, ...], ...] = ()  # (conditions,) names, those that training never shows among them
 
     @classmethod
     def of(cls, conditions: Conditions, split: Split) -> "Vocabulary":
@@ -58,6 +58,6 @@ class Vocabulary:
             is_control=conditions.is_control,
             is_train=train,
             known=known,
-            singles=conditions.singles,
             train_cells=np.bincount(conditions.cell_condition[split.cell == TRAIN], minlength=len(conditions)),
+            singles=conditions.singles,
         )

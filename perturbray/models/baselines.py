@@ -9,13 +9,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from perturbray.data.batches import Batch, Mode
 from perturbray.data.vocabulary import Vocabulary
 from perturbray.errors import InputError, nearest
-from perturbray.models.base import MODELS, Model, ModelSpec, StreamingModel
+from perturbray.models.base import MODELS, Learning, Model, ModelSpec, Need, StreamingModel, Unseen
 
 MISSING = ("transfer", "zero", "error")
 
@@ -76,6 +77,10 @@ class ConditionMeans(StreamingModel):
 
 
 class NoChangeNet(Model):
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        super().__init__(vocabulary)
+        self.known = np.ones_like(vocabulary.known)
+
     def predict(self, batch: Batch) -> Tensor:
         return batch.control
 
@@ -85,6 +90,9 @@ class NoChangeNet(Model):
 class NoChange(ModelSpec):
     """The control cells themselves; nothing to fit."""
 
+    learning: ClassVar[Learning] = "nothing"
+    unseen: ClassVar[tuple[Unseen, ...]] = ("combination", "perturbation", "context")
+
     def build(self, vocabulary: Vocabulary) -> NoChangeNet:
         return NoChangeNet(vocabulary)
 
@@ -93,6 +101,7 @@ class PerturbedMeanNet(ConditionMeans):
     def __init__(self, vocabulary: Vocabulary, *, per_context: bool) -> None:
         super().__init__(vocabulary)
         self.per_context = per_context
+        self.known = np.ones_like(vocabulary.known)  # whatever the perturbation, the answer is the same
 
     def profiles(self, means: Tensor, effects: Tensor, control: Tensor) -> Tensor:
         everywhere = means[self.is_train].mean(0)
@@ -115,6 +124,9 @@ class PerturbedMean(ModelSpec):
     """The mean over the training perturbations of the context: one answer for every perturbation."""
 
     mode: ClassVar[Mode] = "all"
+    learning: ClassVar[Learning] = "one pass"
+    needs: ClassVar[tuple[Need, ...]] = ()
+    unseen: ClassVar[tuple[Unseen, ...]] = ("combination", "perturbation", "context")
 
     def build(self, vocabulary: Vocabulary) -> PerturbedMeanNet:
         return PerturbedMeanNet(vocabulary, per_context=True)
@@ -126,6 +138,9 @@ class PerturbedMeanGlobal(ModelSpec):
     """The mean over all training conditions, whatever the context."""
 
     mode: ClassVar[Mode] = "all"
+    learning: ClassVar[Learning] = "one pass"
+    needs: ClassVar[tuple[Need, ...]] = ()
+    unseen: ClassVar[tuple[Unseen, ...]] = ("combination", "perturbation", "context")
 
     def build(self, vocabulary: Vocabulary) -> PerturbedMeanNet:
         return PerturbedMeanNet(vocabulary, per_context=False)
@@ -158,6 +173,8 @@ class MeanShift(ModelSpec):
     """Control plus the perturbation's mean effect in the contexts where it was trained on (contexts weigh equally)."""
 
     mode: ClassVar[Mode] = "all"
+    learning: ClassVar[Learning] = "one pass"
+    unseen: ClassVar[tuple[Unseen, ...]] = ("context",)
 
     def build(self, vocabulary: Vocabulary) -> MeanShiftNet:
         return MeanShiftNet(vocabulary)
@@ -200,6 +217,8 @@ class Additive(ModelSpec):
     """
 
     mode: ClassVar[Mode] = "all"
+    learning: ClassVar[Learning] = "one pass"
+    unseen: ClassVar[tuple[Unseen, ...]] = ("combination", "context")
 
     missing: str = "transfer"  # transfer | zero | error
 
@@ -240,6 +259,9 @@ class MatchingMean(ModelSpec):
     perturbation the same one in other contexts (Viñas Torné et al., Systema, 2025)."""
 
     mode: ClassVar[Mode] = "all"
+    learning: ClassVar[Learning] = "one pass"
+    needs: ClassVar[tuple[Need, ...]] = ()
+    unseen: ClassVar[tuple[Unseen, ...]] = ("combination", "context")
 
     def build(self, vocabulary: Vocabulary) -> MatchingMeanNet:
         return MatchingMeanNet(vocabulary)

@@ -11,7 +11,7 @@ from perturbray.data.batches import Mode
 from perturbray.data.vocabulary import Vocabulary
 from perturbray.embeddings.vectors import MISSING, Vectors, digest
 from perturbray.errors import InputError, nearest
-from perturbray.models.base import ModelSpec
+from perturbray.models.base import Learning, ModelSpec, Need, Unseen
 from perturbray.models.baselines import ConditionMeans
 
 
@@ -24,6 +24,9 @@ class LabelVectors(ModelSpec):
     """
 
     mode: ClassVar[Mode] = "all"
+    learning: ClassVar[Learning] = "one pass"
+    needs: ClassVar[tuple[Need, ...]] = ("controls", "perturbation vectors")
+    unseen: ClassVar[tuple[Unseen, ...]] = ("combination", "perturbation")
 
     vectors: str = (
         ""  # npz, csv, tsv or parquet with names and numbers; "": loadings of genes named as perturbations are

@@ -9,7 +9,7 @@ from torch import Tensor
 from perturbray.data.batches import Batch, Mode
 from perturbray.data.vocabulary import Vocabulary
 from perturbray.errors import InputError
-from perturbray.models.base import MODELS, ModelSpec
+from perturbray.models.base import MODELS, Learning, ModelSpec
 from perturbray.models.baselines import ConditionMeans
 
 
@@ -23,6 +23,7 @@ class LinearPlain(ModelSpec):
     """
 
     mode: ClassVar[Mode] = "all"
+    learning: ClassVar[Learning] = "one pass"
 
     ridge: float = 1e-3
     covariates: bool = True  # a vector for each covariate level beside those of the perturbations

@@ -32,6 +32,7 @@ class Fitted:
     state: dict[str, torch.Tensor]
     conditions: Conditions  # without cells
     subset: np.ndarray  # (conditions,) int8, of the split that it was fitted on
+    train_cells: np.ndarray  # (conditions,) int64
     roles: dict[str, str | None]  # perturbation, delimiter and layer of the dataset
     depth: float | None  # counts to which training cells were scaled before log1p; None: they came log-normalised
     seed: int
@@ -54,6 +55,7 @@ class Fitted:
             "singles": [list(singles) for singles in conditions.singles],
             "control": conditions.control,
             "subset": self.subset.tolist(),
+            "train_cells": self.train_cells.tolist(),
             "roles": self.roles,
             "depth": self.depth,
             "seed": self.seed,
@@ -106,6 +108,7 @@ class Fitted:
             state=table["state"],
             conditions=conditions,
             subset=np.array(table["subset"], dtype=np.int8),
+            train_cells=np.array(table["train_cells"], dtype=np.int64),
             roles=table["roles"],
             depth=table["depth"],
             seed=table["seed"],
@@ -139,7 +142,9 @@ class Fitted:
         )
         subset = np.concatenate([self.subset, np.full(len(new), UNUSED, dtype=np.int8)])
         split = Split(condition=subset, cell=np.empty(0, dtype=np.int8), stratum=np.full(len(subset), "common"))
-        model = self.spec.build(Vocabulary.of(longer, split))
+        vocabulary = Vocabulary.of(longer, split)
+        counted = np.concatenate([self.train_cells, np.zeros(len(new), dtype=np.int64)])
+        model = self.spec.build(replace(vocabulary, train_cells=counted))
         model.restore(self.state)
         model.eval()
         return model, rows

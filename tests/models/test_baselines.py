@@ -14,7 +14,7 @@ from perturbray.data.splits import TEST, TRAIN, Combination, UnseenPerturbation
 from perturbray.data.vocabulary import Vocabulary
 from perturbray.errors import InputError
 from perturbray.metrics.metric import Metric, score_prediction
-from perturbray.models.baselines import Additive, MatchingMean, MeanShift, PerturbedMean, PerturbedMeanGlobal
+from perturbray.models.baselines import Additive, MatchingMean, MeanShift, NoChange, PerturbedMean, PerturbedMeanGlobal
 from perturbray.models.bilinear import BilinearRidge, bilinear
 from perturbray.models.linear_plain import LinearPlain
 from perturbray.models.neighbours import KnnEmbedding
@@ -341,3 +341,22 @@ def test_a_fitted_state_serves_conditions_that_come_behind_its_own(spec):
     restored.restore(part.state_dict())
     torch.testing.assert_close(restored.profile, whole.profile, rtol=0, atol=0)
     assert (restored.known == whole.known).all()
+
+
+@pytest.mark.parametrize("spec", [NoChange(), PerturbedMean(), PerturbedMeanGlobal()], ids=repr)
+def test_what_says_the_same_of_every_perturbation_says_it_of_unseen_ones(spec):
+    """So that models of vectors have something to beat."""
+    lab, _ = screens.noise_free(task=UnseenPerturbation(fraction=0.4))
+    prediction, rows, unseen = predicted(spec, lab)
+    assert not len(unseen)
+    assert len(rows) >= 3
+    groups = list(prediction.groups())
+    assert groups
+    for group in groups:
+        assert (prediction.predicted.mean[group] == prediction.predicted.mean[group[0]]).all()
+
+
+def test_a_model_that_knows_perturbations_by_name_leaves_unseen_ones_out():
+    lab, _ = screens.noise_free(task=UnseenPerturbation(fraction=0.4))
+    for spec in (MeanShift(), Additive(), MatchingMean(), LinearPlain()):
+        assert not spec.build(lab.vocabulary).known[lab.split.condition == TEST].any()
