@@ -9,7 +9,9 @@ from torch import Tensor
 
 from perturbray.data.batches import Batch, Mode
 from perturbray.data.vocabulary import Vocabulary
-from perturbray.models.base import MODELS, Model, ModelSpec, StreamingModel
+from perturbray.models.base import MODELS, Learning, Model, ModelSpec, Need, StreamingModel, Unseen
+
+EVERYTHING: tuple[Unseen, ...] = ("combination", "perturbation", "context")
 
 
 class ConditionMeans(StreamingModel):
@@ -51,6 +53,9 @@ class NoChangeNet(Model):
 class NoChange(ModelSpec):
     """The control cells themselves; nothing to fit."""
 
+    learning: ClassVar[Learning] = "nothing"
+    unseen: ClassVar[tuple[Unseen, ...]] = EVERYTHING
+
     def build(self, vocabulary: Vocabulary) -> NoChangeNet:
         return NoChangeNet(vocabulary)
 
@@ -81,6 +86,9 @@ class PerturbedMean(ModelSpec):
     """The mean over the training perturbations of the context: one answer for every perturbation."""
 
     mode: ClassVar[Mode] = "all"
+    learning: ClassVar[Learning] = "one pass"
+    needs: ClassVar[tuple[Need, ...]] = ()
+    unseen: ClassVar[tuple[Unseen, ...]] = EVERYTHING
 
     def build(self, vocabulary: Vocabulary) -> PerturbedMeanNet:
         return PerturbedMeanNet(vocabulary, per_context=True)
@@ -92,6 +100,9 @@ class PerturbedMeanGlobal(ModelSpec):
     """The mean over all training conditions, whatever the context."""
 
     mode: ClassVar[Mode] = "all"
+    learning: ClassVar[Learning] = "one pass"
+    needs: ClassVar[tuple[Need, ...]] = ()
+    unseen: ClassVar[tuple[Unseen, ...]] = EVERYTHING
 
     def build(self, vocabulary: Vocabulary) -> PerturbedMeanNet:
         return PerturbedMeanNet(vocabulary, per_context=False)
@@ -124,6 +135,8 @@ class MeanShift(ModelSpec):
     """Control plus the perturbation's mean effect in the contexts where it was trained on (contexts weigh equally)."""
 
     mode: ClassVar[Mode] = "all"
+    learning: ClassVar[Learning] = "one pass"
+    unseen: ClassVar[tuple[Unseen, ...]] = ("context",)
 
     def build(self, vocabulary: Vocabulary) -> MeanShiftNet:
         return MeanShiftNet(vocabulary)

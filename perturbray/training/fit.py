@@ -71,10 +71,7 @@ def fit(
 
 @torch.no_grad()
 def _pass(model: StreamingModel, stream: BatchStream) -> None:
-    """Every training cell once, controls included, whatever cells the epochs of the model visit."""
-    whole = copy.copy(stream)
-    whole.mode = "all"
-    for batch in whole.epoch(TRAIN, shuffle=False):
+    for batch in stream.epoch(TRAIN, shuffle=False):
         model.update(batch)
     model.finish()
 
