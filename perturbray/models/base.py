@@ -143,7 +143,7 @@ def adam(parameters: Iterable[nn.Parameter], training: Descent) -> torch.optim.A
 
 
 class StreamingModel(Model):
-    """Learns in one pass over the training cells, without a gradient.
+    """Learns in one pass over the training cells of its mode, without a gradient.
 
     A ``GradientModel`` that is a ``StreamingModel`` too has the pass before its first epoch (a PCA, condition means).
     """

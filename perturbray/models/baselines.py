@@ -19,6 +19,7 @@ from perturbray.errors import InputError, nearest
 from perturbray.models.base import MODELS, Learning, Model, ModelSpec, Need, StreamingModel, Unseen
 
 MISSING = ("transfer", "zero", "error")
+EVERYTHING: tuple[Unseen, ...] = ("combination", "perturbation", "context")
 
 
 class ConditionMeans(StreamingModel):
@@ -91,7 +92,7 @@ class NoChange(ModelSpec):
     """The control cells themselves; nothing to fit."""
 
     learning: ClassVar[Learning] = "nothing"
-    unseen: ClassVar[tuple[Unseen, ...]] = ("combination", "perturbation", "context")
+    unseen: ClassVar[tuple[Unseen, ...]] = EVERYTHING
 
     def build(self, vocabulary: Vocabulary) -> NoChangeNet:
         return NoChangeNet(vocabulary)
@@ -126,7 +127,7 @@ class PerturbedMean(ModelSpec):
     mode: ClassVar[Mode] = "all"
     learning: ClassVar[Learning] = "one pass"
     needs: ClassVar[tuple[Need, ...]] = ()
-    unseen: ClassVar[tuple[Unseen, ...]] = ("combination", "perturbation", "context")
+    unseen: ClassVar[tuple[Unseen, ...]] = EVERYTHING
 
     def build(self, vocabulary: Vocabulary) -> PerturbedMeanNet:
         return PerturbedMeanNet(vocabulary, per_context=True)
@@ -140,7 +141,7 @@ class PerturbedMeanGlobal(ModelSpec):
     mode: ClassVar[Mode] = "all"
     learning: ClassVar[Learning] = "one pass"
     needs: ClassVar[tuple[Need, ...]] = ()
-    unseen: ClassVar[tuple[Unseen, ...]] = ("combination", "perturbation", "context")
+    unseen: ClassVar[tuple[Unseen, ...]] = EVERYTHING
 
     def build(self, vocabulary: Vocabulary) -> PerturbedMeanNet:
         return PerturbedMeanNet(vocabulary, per_context=False)
