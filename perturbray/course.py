@@ -43,21 +43,28 @@ class Running:
 
 
 class Course:
-    """The state of a search. ``fingerprint``: of the data, which goes into keys."""
+    """The state of a search. ``fingerprint``: of the data, which goes into keys; without ``keep`` nothing is written."""
 
     def __init__(
-        self, search: Search, folder: Path, fingerprint: str, *, facts: Mapping[str, Any] | None = None
+        self,
+        search: Search,
+        folder: Path,
+        fingerprint: str,
+        *,
+        facts: Mapping[str, Any] | None = None,
+        keep: bool = True,
     ) -> None:
         self.search, self.fingerprint = search, fingerprint
         self.folder = Path(folder) / f"{search.model}-{search.identity(fingerprint)}"
-        self.folder.mkdir(parents=True, exist_ok=True)
         self.records = ledger.read_records(self.folder)  # by key
         self.running: dict[str, Running] = {}  # by what whoever runs them calls them
         self.seconds = ledger.read_header(self.folder).get("seconds", 0.0)
         self.since = time.monotonic()
         self.facts = dict(facts or {})
         self.exhausted = False
-        self._write_header("running")
+        if keep:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._write_header("running")
 
     # what is known
 
@@ -240,6 +247,7 @@ class Course:
 
 
 def reason(error: BaseException | str) -> str:
+    """Why a trial failed, in a line."""
     if isinstance(error, str):
         return error
     if isinstance(error, MemoryError) or "OutOfMemory" in type(error).__name__ or "allocate memory" in str(error):

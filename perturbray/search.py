@@ -316,13 +316,33 @@ def _described(part: Any) -> list:
     return [type(part).__name__, *(_described(v) if dataclasses.is_dataclass(v) else v for v in _fields(part).values())]
 
 
-def searches(trials: Sequence[Trial], **options: Any) -> tuple[Search, ...]:
-    """A search around each trial in its model's space, its own configuration first."""
-    kind = options.pop("space", "small")
+def searches(
+    bases: Sequence[Trial],
+    *,
+    space: str | Space = "small",
+    objective: str | Objective = PAPER,
+    scaled: bool = False,
+    no_halving: bool = False,
+    first: str = "",
+    search_seed: int = 0,
+    trial_memory: float = 0.0,
+    track: str = "",
+    **fields: Any,
+) -> tuple[Search, ...]:
+    """A search around each trial, by the options of `sweeps/search.py`: in its model's space, its own configuration first.
+
+    ``first``: a dataset whose best published configuration comes after it; ``fields``: those of Search.
+    """
+    if isinstance(objective, str):
+        objective = Objective.parse(objective, scaled=scaled)
     found = []
-    for trial in trials:
-        space = trial.model.space(kind) if isinstance(kind, str) else kind
-        own = own_values(trial, space)
-        first = [*([own] if own else []), *options.get("first", ())]
-        found.append(Search(base=trial, space=space, **{**options, "first": tuple(first)}))
+    for base in bases:
+        within = base.model.space(space) if isinstance(space, str) else space
+        points = [own] if (own := own_values(base, within)) else []
+        if first:
+            published = base.model.published(first)
+            points.append(known_values(published.model, published.training, within))
+        options = {"halving": None} if no_halving else {}
+        options |= {"first": tuple(points), "seed": search_seed, "trial_memory_gb": trial_memory, **fields}
+        found.append(Search(base=base, space=within, objective=objective, **options))
     return tuple(found)

@@ -18,7 +18,7 @@ import cloudpickle
 
 from perturbray import plugin
 from perturbray.cluster import Cluster, connect
-from perturbray.course import Course
+from perturbray.course import Course, SearchError, reason
 from perturbray.data.dataset import Conditions, open_screen, target_sum
 from perturbray.engine import CHECKPOINT_SECONDS, ROUNDS, Checkpoints, Events, deliver, one_thread
 from perturbray.errors import InputError
@@ -30,6 +30,7 @@ from perturbray.sweep import Sweep
 from perturbray.trial import Trial, run
 from perturbray.validation import OBJECTIVE, Judge
 
+__all__ = ["SearchError", "known", "tune"]
 TUNED = "tuned"  # the variant of trials with the best configuration
 DEATHS = 2  # of its process that a trial survives, from its last checkpoint on
 LINE_SECONDS = 10.0  # between two lines about a search
@@ -342,8 +343,6 @@ def train(config: dict, *, setting: Setting) -> None:
             final = judge(outcome.predicted)
     except Exception as error:
         # Told and not raised: Tune would run it again, and an error of the trial itself would come again.
-        from perturbray.course import reason
-
         tune.report({"failed": reason(error)})
         return
     tune.report({"final": True, "epochs": outcome.fit.epochs, **final})
