@@ -45,10 +45,11 @@ class Choice:
         return numbers and len(self.values) > 1 and all(a < b for a, b in itertools.pairwise(self.values))
 
     def border(self, value: Value) -> "Side | None":
-        """The end at which a value lies; None for one between, or where the values have no order."""
+        """The end at which a value lies; None for one between, or where there is nothing beyond it."""
         if not self.ordered:
             return None
-        return "low" if value == self.values[0] else "high" if value == self.values[-1] else None
+        side = "low" if value == self.values[0] else "high" if value == self.values[-1] else None
+        return side if side and self.widened(side) != self else None
 
     def widened(self, side: Side) -> "Choice":
         """One value more on a side, a step of the same kind away; as it is where that would not stay above 0."""

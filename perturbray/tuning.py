@@ -240,7 +240,16 @@ def _adapters(course: Course, lines: "_Lines") -> tuple:
     from ray.tune.schedulers import FIFOScheduler, TrialScheduler
     from ray.tune.search import Searcher
 
-    class Proposals(Searcher):
+    class Unstored:
+        """Tune pickles what it is given; a course lives in its own files."""
+
+        def __deepcopy__(self, memo):
+            return self
+
+        def __reduce__(self):
+            return object, ()
+
+    class Proposals(Unstored, Searcher):
         def suggest(self, trial_id):
             values = course.begin(trial_id)
             if values is None:
@@ -267,7 +276,7 @@ def _adapters(course: Course, lines: "_Lines") -> tuple:
         def restore(self, checkpoint_path):
             raise NotImplementedError("a search goes on from its own files")
 
-    class Halt(FIFOScheduler):
+    class Halt(Unstored, FIFOScheduler):
         def on_trial_result(self, tune_controller, trial, result):
             if "failed" in result or result.get("final") or trial.trial_id not in course.running:
                 return TrialScheduler.CONTINUE
@@ -275,10 +284,7 @@ def _adapters(course: Course, lines: "_Lines") -> tuple:
             stop = course.report(trial.trial_id, epoch=int(result["epoch"]), values=_numbers(result), seconds=seconds)
             return TrialScheduler.STOP if stop else TrialScheduler.CONTINUE
 
-    class Clean(tune.Callback):
-        def __getstate__(self):
-            return {}
-
+    class Clean(Unstored, tune.Callback):
         def on_trial_complete(self, iteration, trials, trial, **info):
             self._remove(trial)
 

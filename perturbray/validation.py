@@ -3,6 +3,7 @@
 Only cells of the validation split are read here. A search that learns from nothing else can be judged on the test split.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -16,6 +17,7 @@ from perturbray.errors import InputError
 from perturbray.models.base import MODELS
 from perturbray.prediction import Predicted, Truth
 from perturbray.search import Objective, Search
+from perturbray.space import Values
 from perturbray.trial import run
 
 OBJECTIVE = "objective"
@@ -58,6 +60,30 @@ class Judge:
         judge = replace(self, reference=self.means(outcome.predicted))
         judge.objective.of(judge.reference, judge.reference)  # raises where it is no scale
         return judge
+
+
+def alone(
+    search: Search, judge: Judge, cells: Cells, conditions: Conditions
+) -> Callable[[Values, Callable[[int, dict[str, float]], bool]], dict[str, float] | None]:
+    """A trial of a search in this process, for ``Course.run``."""
+
+    class Stopped(Exception):
+        pass
+
+    def work(values: Values, report: Callable[[int, dict[str, float]], bool]) -> dict[str, float] | None:
+        def tell(found: dict[str, float], snapshot: Callable[[], dict]) -> None:
+            if report(int(found["epoch"]), found):
+                raise Stopped
+
+        trial = search.trial(values)
+        try:
+            asked = {"judge": judge, "every": search.every, "report": tell}
+            outcome = run(trial, cells, conditions, truth=judge.truth, **asked)
+        except Stopped:
+            return None
+        return {"epochs": outcome.fit.epochs, **judge(outcome.predicted)}
+
+    return work
 
 
 def _lean(truth: Truth) -> Truth:
