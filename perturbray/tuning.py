@@ -409,6 +409,8 @@ def _tuned(search: Search, best: dict, folder: Path, course: Course, events: Eve
     table.replace_file(path, lambda target: target.write_text(tuned.to_json(), encoding="utf-8"))
     events.line(f"the best of {search.model}, {OBJECTIVE} {best[OBJECTIVE]:.5g}, in {path} (--model {path} runs it):")
     events.line(str(tuned))
+    if replace(trials[0], variant="") == replace(search.base, seed=0):
+        events.line("which is the configuration that it comes with: its trials are those of both")
     return trials
 
 

@@ -89,19 +89,20 @@ def test_a_search_that_is_killed_again_and_again_ends_like_an_undisturbed_one(sm
     command, moment = Command(small_screen, tmp_path / "results"), random.Random(0)
     stored: dict[str, tuple[int, int]] = {}
     left: set[tuple[int, str]] = set()
-    plans = ("reading", "early", "write", "late", "judging the best")
+    plans = ("first trial", "early", "write", "late", "judging the best")
     for where in plans:
         process = command.start(slow=where == "write")
+        since, step = len(stored), moment.randint(1, 4)
 
-        def reached(where=where, since=len(stored), process=process) -> bool:
+        def reached(where=where, since=since, step=step, process=process) -> bool:
             if process.poll() is not None:
                 return True
             number = len(command.records())
             return {
-                "reading": "reading" in command.log(),
-                "early": number >= since + moment.randint(1, 3),
+                "first trial": "trials known" in command.log(),
+                "early": number >= since + step,
                 "write": number > since and command.writing(),
-                "late": number >= min(since + moment.randint(2, 5), SAMPLES - 1),
+                "late": number >= min(since + step, SAMPLES - 1),
                 "judging the best": len(table.finished(command.folder)) >= 1,
             }[where]
 
@@ -114,7 +115,7 @@ def test_a_search_that_is_killed_again_and_again_ends_like_an_undisturbed_one(sm
         assert stored.items() <= now.items(), f"{where}: a trial that had ended was run again"
         assert len(now) == len(command.records()), f"{where}: a file that cannot be read"
         stored = now
-        wait(lambda: not alive(left), ORPHANS)
+        wait(lambda here=frozenset(left): not alive(set(here)), ORPHANS)
     judged = table.finished(command.folder)
     assert judged
 
