@@ -16,6 +16,7 @@ from perturbray.errors import InputError
 
 if TYPE_CHECKING:
     from perturbray.data.dataset import DatasetSpec
+    from perturbray.search import Tuned
     from perturbray.sweep import Sweep
 
 BAD_INPUT = 2  # exit codes
@@ -30,13 +31,15 @@ def main(
     *,
     models: Sequence[str] = (),
     flags: Mapping[str, str] | None = None,
+    options: Mapping[str, tuple[int | float | str, str]] | None = None,
     screen: Mapping[str, int | float] | None = None,
 ) -> None:
-    """The command line of a script: ``make(dataset, models, **flags)`` is its sweep, explained by its module.
+    """The command line of a script: ``make(dataset, models, **flags, **options)`` is its sweep, explained by its module.
 
     ``models`` are the names that it compares unless --model says otherwise; models of a plugin come beside them.
-    ``flags`` are switches of the script's own, by name, with their help. ``screen`` are fields of the synthetic screen that
-    it runs on without --data. Bad input is one line and exit code 2.
+    ``flags`` are switches of the script's own, by name, with their help; ``options`` have a value of the type of their
+    default. ``screen`` are fields of the synthetic screen that it runs on without --data. Bad input is one line and exit
+    code 2.
     """
     module = inspect.getdoc(inspect.getmodule(make)) or ""
     parser = sweep_parser(make.__name__, module)
@@ -45,12 +48,18 @@ def main(
         "--model",
         metavar="NAME",
         action="append",
-        help=f"compare this model with the baselines; may be repeated (default: {', '.join(models)}, and a plugin's)",
+        help="compare this model, or what a search found (a tuned-*.json), with the baselines; may be repeated "
+        f"(default: {', '.join(models)}, and a plugin's)",
     )
     for name, text in (flags or {}).items():
         own.add_argument(f"--{name.replace('_', '-')}", action="store_true", help=text)
+    for name, (default, text) in (options or {}).items():
+        word = f"--{name.replace('_', '-')}"
+        shown = f" (default: {default})" if default else ""
+        own.add_argument(word, metavar="VALUE", type=type(default), default=default, help=text + shown)
     arguments = parser.parse_args()
-    _end(_guard(lambda: _run_script(make, arguments, models, list(flags or {}), screen or {}, module)))
+    own_flags = [*(flags or {}), *(options or {})]
+    _end(_guard(lambda: _run_script(make, arguments, models, own_flags, screen or {}, module)))
 
 
 class Parser(argparse.ArgumentParser):
@@ -224,9 +233,11 @@ def _run_script(
     own = set(MODELS)
     plugin.install(plugins)
     names = dict.fromkeys(arguments.model or [*models, *(name for name in MODELS if name not in own)])
-    specs = [_default(name, MODELS[name]) for name in names]
+    tuned = {name: _tuned(name) for name in names if name.endswith(".json")}
+    specs = [tuned[name].model if name in tuned else _default(name, MODELS[name]) for name in names]
     dataset = _dataset(arguments, screen)
     sweep = make(dataset, specs, **{name: getattr(arguments, name) for name in flags})
+    sweep = sweep.trained(tuned.values())
     sweep = sweep.judge(arguments.convention, arguments.metric)
     if arguments.smoke:  # before --set, which a user means
         sweep = sweep.smoke()
@@ -234,6 +245,12 @@ def _run_script(
     suffix = f"-{Path(arguments.data).stem}" if arguments.data else ""
     folder = Path(arguments.results) / f"{sweep.name}{suffix}"
     return _run(sweep, folder, arguments, plugins)
+
+
+def _tuned(path: str) -> "Tuned":
+    from perturbray.search import Tuned
+
+    return Tuned.read(path)
 
 
 def _default(name: str, spec: type) -> object:
@@ -250,8 +267,20 @@ def _run(sweep: "Sweep", folder: Path, arguments: argparse.Namespace, plugins: t
     from perturbray.engine import run_sweep
     from perturbray.plan import Plan
 
-    plan = Plan.of(sweep, folder, keep_models=arguments.keep_models)
     terminal = Terminal()
+    if sweep.searches:
+        from perturbray import tuning
+
+        if arguments.dry_run:
+            sweep = tuning.known(sweep, folder, terminal)
+        else:
+            running = {"address": arguments.address, "plugins": plugins, "events": terminal}
+            try:
+                sweep = tuning.tune(sweep, folder, track=sweep.track, **running)
+            except tuning.SearchError as error:
+                print(f"error: {error}", file=sys.stderr)
+                return FAILED
+    plan = Plan.of(sweep, folder, keep_models=arguments.keep_models)
     if arguments.dry_run:
         plan.scan(terminal.line)
         _print_plan(plan, terminal)

@@ -161,7 +161,7 @@ def _run(
             trials=cloudpickle.dumps(plan.trials),
             conditions=plan.conditions,
             blocks=shared_stores,
-            windows=_deliver(stores, placement, events),
+            windows=deliver(stores, placement, events),
             truths=stored,
             truth_of={key: plan.truth_of(trial) for key, trial in plan.trials.items()},
             cells=plan.sweep.cells if plan.sweep.needs_cells else 0,
@@ -276,8 +276,8 @@ def train(config: dict, *, shared: Shared) -> None:
     plugin.install(shared.plugins)
     trial: Trial = pickle.loads(shared.trials)[key]
     try:
-        with _one_thread():
-            checkpoints = _Checkpoints(tune)
+        with one_thread():
+            checkpoints = Checkpoints(tune)
             cells = shared.blocks[trial.dataset].cells()
             conditions = shared.conditions[trial.dataset]
             truths = ray.get(shared.truths)
@@ -337,11 +337,11 @@ def _keep(outcome: Outcome, trial: Trial, conditions: Conditions, depth: float |
     fitted.save(place)
 
 
-class _Checkpoints:
+class Checkpoints:
     """Reports epochs to Tune, with a checkpoint now and then and one of the fitted model at the end."""
 
-    def __init__(self, tune) -> None:
-        self.tune = tune
+    def __init__(self, tune, *, seconds: float = CHECKPOINT_SECONDS) -> None:
+        self.tune, self.seconds = tune, seconds
         self.last = time.monotonic()
 
     def restore(self) -> dict | None:
@@ -355,7 +355,7 @@ class _Checkpoints:
             return checkpoint.load(folder)
 
     def report(self, values: dict[str, float], snapshot: Callable[[], dict]) -> None:
-        if time.monotonic() - self.last < CHECKPOINT_SECONDS:
+        if time.monotonic() - self.last < self.seconds:
             self.tune.report(values)
             return
         self._report(values, snapshot())
@@ -376,7 +376,7 @@ class _Checkpoints:
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
     """One thread a CPU process, so that two trials on two cores do not fight; on a GPU the host's share is small too."""
     import torch
 
@@ -388,7 +388,7 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _deliver(
+def deliver(
     stores: dict[DatasetSpec, Store], placement: Placement, events: Events
 ) -> dict[DatasetSpec, "Windows | None"]:  # noqa: F821  # imports ray
     """What streams a dataset to each trial, where it is too large to be mapped."""

@@ -5,6 +5,7 @@ subtracts it, the truth subtracts the other half, the roles are exchanged, and t
 noise of the shared control would count as agreement.
 """
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -33,6 +34,7 @@ from perturbray.results import table
 
 ANGLES = ("cosine", "pearson", "spearman")  # scores of direction: they see what both sides share with the control
 SOURCES = ("split", "reference")  # where the control cells of control-based effects come from
+COMMON = "common"  # the stratum of conditions that models are compared on
 REPLICATE, INTERPOLATED = "split_half", "interpolated_duplicate"  # anchors beside the models
 
 
@@ -94,6 +96,26 @@ def score(
         error.add_note(f"while scoring trial {item.key} ({item.name})")
         table.write_failure(folder, item.key, name=item.name, error=error)
         raise
+
+
+def means(
+    truth: Truth, predicted: Predicted, stratum: np.ndarray, metrics: Sequence[Metric], *, source: str = "split"
+) -> dict[str, float]:
+    """The mean of each metric over conditions of the common stratum within a context, then over contexts, as a leaderboard
+    has it; NaN where the truth leaves it undefined throughout."""
+    whole = assemble(truth, predicted, stratum)
+    halved = [metric for metric in metrics if source == "split" and shares_control(metric)]
+    plain = [metric for metric in metrics if metric not in halved]
+    exchanged = (_split(whole, predicted, halving=0, half=half) for half in (1, 0))
+    found = {}
+    for scored in [score_prediction(whole, plain)] + ([score_split(*exchanged, halved)] if halved else []):
+        for name in dict.fromkeys(scored["metric"]):
+            values = scored["value"][scored["metric"] == name]
+            kept = ~np.isnan(values) & (whole.stratum == COMMON)
+            contexts = whole.context[kept]
+            parts = [values[kept][contexts == context].mean() for context in np.unique(contexts)]
+            found[str(name)] = float(np.mean(parts)) if parts else math.nan
+    return found
 
 
 def shares_control(metric: Metric) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 from perturbray.errors import InputError, nearest
 from perturbray.metrics.effects import EFFECTS
 from perturbray.metrics.metric import Metric
+from perturbray.search import Search, Tuned
 from perturbray.trial import Trial
 
 METRICS = tuple(
@@ -41,9 +42,13 @@ class Sweep:
     x_label: str = ""
     notes: tuple[str, ...] = ()  # what a reader must know, printed on the page
     baselines: tuple[str, ...] = ("no_change", "perturbed_mean", "mean_shift")
+    searches: tuple[Search, ...] = ()  # run first; what they find is trained and judged beside the trials
+    track: tuple[str, ...] = ()  # where trials of searches are also recorded: wandb, mlflow
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "trials", tuple(self.trials))
+        object.__setattr__(self, "searches", tuple(self.searches))
+        object.__setattr__(self, "track", tuple(self.track))
         if not self.trials:
             raise InputError(f"sweep {self.name!r} has no trials")
 
@@ -77,9 +82,18 @@ class Sweep:
         """Change fields of every trial that has them; a path that no trial has is an InputError."""
         trials = self.trials
         for path, value in changes.items():
-            _check_path(path, trials)
+            _check_path(path, (*trials, *(search.base for search in self.searches)))
             trials = tuple(t.override({path: value}) if path in t.paths() else t for t in trials)
-        return replace(self, trials=_distinct(trials))
+        searches = tuple(search.override(changes) for search in self.searches)
+        return replace(self, trials=_distinct(trials), searches=searches)
+
+    def trained(self, found: Iterable[Tuned]) -> "Sweep":
+        """Trials of what searches found are trained as it was found."""
+        how = {one.model: one.training for one in found}
+        trials = tuple(replace(t, training=how.get(t.model, t.training)) for t in self.trials)
+        bases = [replace(s.base, training=how.get(s.base.model, s.base.training)) for s in self.searches]
+        searches = tuple(replace(s, base=base) for s, base in zip(self.searches, bases, strict=True))
+        return replace(self, trials=_distinct(trials), searches=searches)
 
     def grid(self, axes: Mapping[str, Sequence[Any]]) -> "Sweep":
         """Every combination of values for every trial that has the paths."""
@@ -100,7 +114,8 @@ class Sweep:
         ablations = sorted(dict.fromkeys(t.ablation for t in trials), key=lambda a: getattr(a, "level", 0))
         kept = {ablations[0], ablations[-1]}
         trials = [t for t in trials if t.seed == seed and t.ablation in kept]
-        return replace(self, name=f"{self.name}-smoke", trials=tuple(trials))
+        searches = tuple(search.smoke() for search in self.searches)
+        return replace(self, name=f"{self.name}-smoke", trials=tuple(trials), searches=searches)
 
 
 def grid(bases: Trial | Iterable[Trial], axes: Mapping[str, Sequence[Any]]) -> tuple[Trial, ...]:

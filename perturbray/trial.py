@@ -8,7 +8,7 @@ import resource
 import time
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -41,11 +41,12 @@ class Trial:
     ablation: AblationSpec | None = None
     training: Training = field(default_factory=Training)
     seed: int = 0
+    variant: str = ""  # for people, what tells trials of one model apart, as "tuned" does; no part of what a trial is
 
     @property
     def name(self) -> str:
         """For people: the model, what was taken away, the seed."""
-        parts = [MODELS.name_of(self.model)]
+        parts = [MODELS.name_of(self.model) + (f" ({self.variant})" if self.variant else "")]
         if self.ablation is not None:
             level = getattr(self.ablation, "level", getattr(self.ablation, "counts", ""))
             parts.append(f"{ABLATIONS.name_of(self.ablation)} {level}")
@@ -72,6 +73,7 @@ class Trial:
             "split": SPLITS.name_of(self.split),
             "ablation": "" if self.ablation is None else ABLATIONS.name_of(self.ablation),
             "seed": self.seed,
+            **({"variant": self.variant} if self.variant else {}),
         }
         for part in ("dataset", "split", "ablation", "model", "training"):
             if getattr(self, part) is not None:
@@ -88,7 +90,7 @@ class Trial:
         changed = self
         for path, value in changes.items():
             part, _, name = path.partition(".")
-            if part not in _fields(changed) or bool(name) == (part == "seed"):
+            if part not in _fields(changed) or part == "variant" or bool(name) == (part == "seed"):
                 raise InputError(f"unknown path {path!r}: {nearest(path, self.paths())}")
             if part == "seed":
                 changed = replace(changed, seed=convert(value, int, path))
@@ -166,12 +168,15 @@ def run(
     report: Report | None = None,
     state: dict | None = None,
     windows: "Windows | None" = None,  # noqa: F821  # imports ray
+    judge: Callable[[Predicted], dict[str, float]] | None = None,
+    every: int = 1,
 ) -> Outcome:
     """Split, build, fit, predict: in this process, on a GPU if there is one. Knows nothing of Ray.
 
     The numbers depend on the trial alone: torch's generator is seeded here and given back as it was. ``truth`` is that of
     the trial's split, where it is at hand; ``sample`` predicted cells of each condition are kept, by ``keep``.
     With ``windows`` the cells of an epoch are streamed (``data.loading.Delivery``), and the numbers are the same.
+    ``judge``: what a prediction of the truth is worth, reported each ``every`` epochs; the truth is then one of validation.
     """
     started = time.perf_counter()
     trial.check(conditions)
@@ -194,9 +199,25 @@ def run(
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(derive(trial.seed, "training"))
         model = trial.model.build(vocabulary).to(device)
-        done = fit(model, stream, trial.training, report=report, state=state)
+        mean = None
+
+        def judged(model: Model) -> dict[str, float]:
+            nonlocal mean
+            found = predict(model, stream, vocabulary, truth, training_mean=mean)
+            mean = found.training_mean
+            return judge(found)
+
+        done = fit(
+            model,
+            stream,
+            trial.training,
+            report=report,
+            state=state,
+            judge=None if judge is None else judged,
+            every=every,
+        )
         fitted = time.perf_counter()
-        predicted = predict(model, stream, vocabulary, truth, sample=sample, keep=keep)
+        predicted = predict(model, stream, vocabulary, truth, sample=sample, keep=keep, training_mean=mean)
     if not len(predicted.rows):
         raise InputError(f"{trial.name}: no test condition is left to predict; the split holds out too little")
     columns = {

@@ -12,7 +12,23 @@ PACKAGE = "perturbray"
 
 # What stands later in a chain may import what stands earlier, never the other way round.
 CHAINS = (
-    ("errors", "registry", "data", "embeddings", "models", "training", "trial", "sweep", "engine", "cli"),
+    (
+        "errors",
+        "registry",
+        "data",
+        "embeddings",
+        "models",
+        "training",
+        "trial",
+        "search",
+        "validation",
+        "course",
+        "engine",
+        "tuning",
+        "cli",
+    ),
+    ("errors", "trial", "search", "sweep", "plan", "engine", "tuning", "cli"),
+    ("errors", "space", "proposals", "search"),
     ("training", "counterfactual", "cli"),
     ("errors", "prediction", "metrics", "sweep"),
     ("errors", "results", "engine"),
@@ -27,7 +43,16 @@ STRANGERS = {  # beside the chains: what a part must not know at all
     "prediction": {"models", "data", "training", "torch", "ray", "anndata"},
     "cluster": {"models", "data", "training"},
 }
-RAY_MODULES = {"engine", "cluster", "data.blocks", "data.prepare", "data.windows", "metrics.pool", "embeddings.run"}
+RAY_MODULES = {
+    "engine",
+    "cluster",
+    "data.blocks",
+    "data.prepare",
+    "data.windows",
+    "metrics.pool",
+    "embeddings.run",
+    "tuning",
+}
 SLOW_TO_IMPORT = ("torch", "ray", "anndata", "pandas", "scipy", "matplotlib", "pyarrow", "h5py", "numba")
 
 

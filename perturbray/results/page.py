@@ -234,6 +234,24 @@ BODY = """\
 </section>
 {% endif %}
 
+{% if searches %}
+<section id="searches"><h2>What the search learnt</h2>
+<p class="soft">From the validation conditions alone; the scores above are of the test conditions.</p>
+{% for one in searches %}
+<h3>{{ one.title }}</h3>
+{% for text in one.sentences %}<p>{{ text }}</p>{% endfor %}
+{% for figure, caption in one.figures %}
+<figure><div class="wide" tabindex="0" role="region" aria-label="figure of the search">{{ figure }}</div>
+<figcaption>{{ caption }}</figcaption></figure>
+{% endfor %}
+{% if one.importance %}{{ grid(one.importance) }}{% endif %}
+{{ grid(one.space) }}
+{% if one.failures %}<details><summary class="failed">{{ one.failures | length }} failed</summary>
+<ul>{% for text in one.failures %}<li>{{ text }}</li>{% endfor %}</ul></details>{% endif %}
+{% endfor %}
+</section>
+{% endif %}
+
 {% if statuses or failures %}
 <section id="failures"><h2>Flags and failures</h2>
 {% if failures %}

@@ -1,13 +1,13 @@
 """The page of a sweep: one self-contained HTML file, rewritten as trials end; a section is an entry of `_view`."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
 from markupsafe import Markup
 
-from perturbray.results import page, plots, sections, table
+from perturbray.results import page, plots, search, sections, table
 from perturbray.results.summary import Summary, summarise
 from perturbray.results.wording import answer
 
@@ -49,25 +49,45 @@ def write_report(folder: str | Path, *, reader: table.Reader | None = None, png:
         if plots.scalable(summary):
             scaled = plots.save(plots.scaled(summary), folder, name="scaled", png=png)
         summary.write(folder / "summary.csv")
-    text = render(summary, failures=table.failed(folder), figure=figure, scaled=scaled, others=rows.attrs["others"])
+    text = render(
+        summary,
+        failures=table.failed(folder),
+        figure=figure,
+        scaled=scaled,
+        others=rows.attrs["others"],
+        searches=search.views(folder),
+    )
     path = folder / "report.html"
     table.replace_file(path, lambda target: target.write_text(text, encoding="utf-8"))
     return path
 
 
 def render(
-    summary: Summary, *, failures: Mapping[str, dict], figure: str | None, scaled: str | None = None, others: int = 0
+    summary: Summary,
+    *,
+    failures: Mapping[str, dict],
+    figure: str | None,
+    scaled: str | None = None,
+    others: int = 0,
+    searches: Sequence[dict] = (),
 ) -> str:
     """The page as text.
 
     ``failures``: those of ``table.failed``; ``figure``, ``scaled``: SVG elements; ``others``: number of files of other
-    plans.
+    plans; ``searches``: those of ``search.views``.
     """
-    return _TEMPLATE.render(_view(summary, failures=failures, figure=figure, scaled=scaled, others=others))
+    view = _view(summary, failures=failures, figure=figure, scaled=scaled, others=others, searches=searches)
+    return _TEMPLATE.render(view)
 
 
 def _view(
-    summary: Summary, *, failures: Mapping[str, dict], figure: str | None, scaled: str | None, others: int
+    summary: Summary,
+    *,
+    failures: Mapping[str, dict],
+    figure: str | None,
+    scaled: str | None,
+    others: int,
+    searches: Sequence[dict],
 ) -> dict:
     plan = summary.plan
     planned, status = plan.get("trials", []), plan.get("status", {})
@@ -111,6 +131,7 @@ def _view(
         "changes": sections.changes(summary),
         "truth": sections.truth(summary),
         "strata": sections.strata(summary),
+        "searches": [_drawn(one, number) for number, one in enumerate(searches)],
         "statuses": sections.statuses(summary),
         "failures": list(failures.values()),
         "dataset": sections.terms(plan.get("dataset", {})),
@@ -135,6 +156,7 @@ def _contents(view: Mapping) -> list[tuple[str, str]]:
         ("changes", "Losses", view["changes"]),
         ("truth", "Known truth", view["truth"]),
         ("strata", "Conditions apart", view["strata"]),
+        ("searches", "Searches", view["searches"]),
         ("failures", "Flags and failures", view["statuses"] or view["failures"]),
         ("data", "Data and notes", True),
         ("cost", "Cost", view["cost"]),
@@ -159,9 +181,15 @@ def _duration(seconds: float) -> str:
     )
 
 
-def _apart(figure: str) -> str:
-    """A second figure with ids of its own: both were numbered from the same start."""
-    return re.sub(r'(\bid="|href="#|url\(#)', r"\1scaled-", figure)
+def _drawn(view: Mapping, number: int) -> dict:
+    """A search's figures in the page's colours, with ids of their own."""
+    figures = [Markup(_themed(_apart(one, f"search-{number}-{i}-"))) for i, one in enumerate(view["figures"])]
+    return {**view, "figures": list(zip(figures, view["captions"], strict=False))}
+
+
+def _apart(figure: str, prefix: str = "scaled-") -> str:
+    """A further figure with ids of its own: all were numbered from the same start."""
+    return re.sub(r'(\bid="|href="#|url\(#)', rf"\1{prefix}", figure)
 
 
 def _themed(figure: str) -> str:

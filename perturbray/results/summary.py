@@ -203,11 +203,16 @@ def _runs(table: pd.DataFrame, plan: Mapping) -> pd.DataFrame:
 
 
 def _series(runs: pd.DataFrame) -> pd.Series:
-    """The model's name, with those fields in which trials of that model differ (seeds aside)."""
+    """The model's name, with those fields in which trials of that model differ (seeds aside).
+
+    Trials with a ``variant`` (tuned) are told apart by it, and by fields only from others of the same variant.
+    """
     fields = [name for name in runs if name.startswith(("model.", "training.")) or name in ("dataset", "split")]
     fields = [name for name in fields if not name.endswith("seed")]
     labels = runs["model"].copy()
-    for _, part in runs.groupby("model", sort=False):
+    if "variant" in runs:
+        labels += runs["variant"].astype(object).map(lambda text: f" ({text})" if isinstance(text, str) else "")
+    for _, part in runs.groupby(labels.copy(), sort=False):
         varying = [name for name in fields if len(set(map(repr, part[name]))) > 1]
         for index, *values in part[varying].itertuples(name=None) if varying else ():
             shown = ", ".join(

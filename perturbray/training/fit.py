@@ -15,6 +15,7 @@ from perturbray.errors import InputError, nearest
 from perturbray.models.base import GradientModel, Model, Moment, StreamingModel
 
 Report = Callable[[dict[str, float], Callable[[], dict]], None]  # values of an epoch, and a way to get the state
+Judge = Callable[[Model], dict[str, float]]  # what a model in evaluation mode is worth, by name
 PRECISIONS = ("float32", "bfloat16")
 
 
@@ -70,13 +71,24 @@ class DivergedError(RuntimeError):
 
 
 def fit(
-    model: Model, stream: BatchStream, training: Training, *, report: Report | None = None, state: dict | None = None
+    model: Model,
+    stream: BatchStream,
+    training: Training,
+    *,
+    report: Report | None = None,
+    state: dict | None = None,
+    judge: Judge | None = None,
+    every: int = 1,
 ) -> Fit:
-    """Fit in place; with ``state`` go on from there. Draws from torch's generator, which the caller seeds."""
+    """Fit in place; with ``state`` go on from there. Draws from torch's generator, which the caller seeds.
+
+    ``judge``: asked each ``every`` epochs, and after the last, what the weights are worth with which training would end
+    then; what it answers is reported beside the epoch's losses, and changes nothing of the training.
+    """
     if isinstance(model, StreamingModel) and state is None:
         _pass(model, stream)
     if isinstance(model, GradientModel):
-        return _Descent(model, stream, training).run(report, state)
+        return _Descent(model, stream, training).run(report, state, judge, every)
     return Fit()
 
 
@@ -110,11 +122,13 @@ class _Descent:
             for part in model.compilable():
                 part.compile(dynamic=True)
 
-    def run(self, report: Report | None, state: dict | None) -> Fit:
+    def run(self, report: Report | None, state: dict | None, judge: Judge | None = None, every: int = 1) -> Fit:
         if state is not None:
             self.restore(state)
         while not self.done():
             values = self.epoch(self.progress["epoch"])
+            if judge is not None and (self.progress["epoch"] % every == 0 or self.done()):
+                values |= self.judged(judge)
             self.progress["history"].append(values)
             if report is not None:
                 report(values, self.state)
@@ -150,6 +164,20 @@ class _Descent:
             **{f"val_{name}": value for name, value in watched.items()},
             "lr": self.optimisers[first].param_groups[0]["lr"],
         }
+
+    def judged(self, judge: Judge) -> dict[str, float]:
+        """What the best weights so far are worth; asked once for the same weights."""
+        kept = self.progress
+        at = kept["best_epoch"] or kept["epoch"]  # within the warm-up the last weights are the ones there are
+        if kept.get("judged_epoch") != at:
+            last = None if at == kept["epoch"] else copy.deepcopy(self.model.state_dict())
+            if last is not None:
+                self.model.load_state_dict(self.best)
+            self.model.eval()
+            kept["judged_epoch"], kept["judged"] = at, judge(self.model)
+            if last is not None:
+                self.model.load_state_dict(last)
+        return dict(kept["judged"])
 
     def train(self, number: int) -> dict[str, float]:
         """One epoch; for each optimiser that moved something the mean over cells of what it minimised."""

@@ -33,6 +33,7 @@ def predict(
     *,
     sample: int = 0,
     keep: Keep = Here,
+    training_mean: np.ndarray | None = None,
 ) -> Predicted:
     """Predict the conditions of a truth that the model knows how to predict; the others are left out.
 
@@ -40,6 +41,7 @@ def predict(
     by cell, so the mean over half of the cells is its prediction from that half. ``sample``: predicted cells that are
     kept of each condition for metrics of distributions, never more than it has observed ones; 0 keeps none. They are
     handed to ``keep`` in parts of some conditions, which answers with a function that gives a part back.
+    ``training_mean``: that of an earlier prediction from the same stream, which need not be read again.
     """
     model.eval()
     positions = np.flatnonzero(model.known[truth.rows])
@@ -76,7 +78,7 @@ def predict(
         control=Pseudobulk(mean=controls.whole, cells=sizes, linear=controls.linear_whole),
         halves=np.maximum(profiles.halves, 0, out=profiles.halves),
         control_halves=controls.halves,
-        training_mean=_training_mean(stream),
+        training_mean=_training_mean(stream) if training_mean is None else training_mean,
         linear=profiles.linear_whole,
         linear_halves=profiles.linear_halves,
         control_linear_halves=controls.linear_halves,

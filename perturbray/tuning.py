@@ -1,0 +1,419 @@
+"""Tuning: runs the searches of a sweep on Tune, each trial reporting what it is worth on the validation conditions.
+
+Tune starts, restarts and stops trials; what to try and what is known is the `Course`'s, whose files are all that a search
+which goes on needs: nothing of Tune's own state is read again.
+"""
+
+import os
+import pickle
+import shutil
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+import cloudpickle
+
+from perturbray import plugin
+from perturbray.cluster import Cluster, connect
+from perturbray.course import Course, SearchError, reason
+from perturbray.data.dataset import Conditions, open_screen, target_sum
+from perturbray.engine import CHECKPOINT_SECONDS, ROUNDS, Checkpoints, Events, deliver, one_thread
+from perturbray.errors import InputError
+from perturbray.plan import Plan
+from perturbray.results import ledger, table
+from perturbray.search import Search, Tuned
+from perturbray.space import widen
+from perturbray.sweep import Sweep
+from perturbray.trial import Trial, run
+from perturbray.validation import OBJECTIVE, Judge
+
+__all__ = ["SearchError", "known", "tune"]
+TUNED = "tuned"  # the variant of trials with the best configuration
+DEATHS = 2  # of its process that a trial survives, from its last checkpoint on
+LINE_SECONDS = 10.0  # between two lines about a search
+TRACKERS = ("wandb", "mlflow")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """What every trial of a search is given."""
+
+    search: bytes  # pickled; opened once the plugins that define its specs are installed
+    plugins: tuple[plugin.Plugin, ...]
+    conditions: Conditions
+    blocks: "Blocks"  # noqa: F821  # imports ray
+    windows: "Windows | None"  # noqa: F821  # imports ray
+    judge: "ray.ObjectRef"  # noqa: F821
+    checkpoint_seconds: float
+
+
+@dataclass(frozen=True)
+class Room:
+    """What a trial of a search takes, and how many run at once."""
+
+    at_once: int
+    cpus: float
+    gpus: float
+    memory: int  # bytes; 0: not accounted for
+
+    @classmethod
+    def of(cls, search: Search, cluster: Cluster, memory: float) -> "Room":
+        """Raises InputError, in numbers, where a trial would wait for ever. ``memory``: bytes that the cluster lends."""
+        if cluster.cpus <= 0:
+            raise InputError("the cluster has 0 CPUs, and a trial needs a part of one: start Ray with --num-cpus")
+        gpus = search.gpus if cluster.gpus >= 1 else 0.0
+        most = int(cluster.gpus / gpus + 1e-9) if gpus else max(1, int(cluster.cpus))
+        need = int(search.trial_memory_gb * 2**30)
+        if need > memory:
+            raise InputError(
+                f"a trial may take {search.trial_memory_gb:g} GB, and the cluster lends {memory / 2**30:.1f} GB: lower "
+                "the memory limit of a trial"
+            )
+        if need:
+            most = min(most, int(memory // need))
+        at_once = max(1, min(search.at_once or most, most, search.samples))
+        cpus = min(1.0, int(100 * cluster.cpus / at_once) / 100)
+        return cls(at_once=at_once, cpus=cpus, gpus=gpus, memory=need)
+
+    def __str__(self) -> str:
+        gpu = f", {self.gpus:g} GPU" if self.gpus else ""
+        return f"{self.at_once} trial{'s' * (self.at_once > 1)} at once ({self.cpus:g} CPU{gpu} each)"
+
+
+def tune(
+    sweep: Sweep,
+    folder: Path,
+    *,
+    address: str | None = None,
+    plugins: tuple[plugin.Plugin, ...] = (),
+    events: Events | None = None,
+    track: Iterable[str] = (),
+) -> Sweep:
+    """Run what remains of a sweep's searches; the sweep with trials of what they found. It has no search any more.
+
+    Interrupted, or killed at any time, a search goes on where it was when called again. Raises SearchError where too many
+    of its trials failed.
+    """
+    events, track = events or Events(), tuple(track)
+    found: list[Trial] = []
+    for search in sweep.searches:
+        course, best = _search(sweep, search, folder, address, plugins, events, track)
+        sides = course.borders()
+        for path, side in sides.items():
+            events.line(f"search of {search.model}: the best {path}, {best['values'][path]:g}, lies at the {side} end")
+        if search.widen and sides:
+            wider = replace(search, space=widen(search.space, sides), first=(best["values"],), widen=False)
+            events.line(f"search of {search.model}: once more, with {', '.join(sides)} widened")
+            _, again = _search(sweep, wider, folder, address, plugins, events, track)
+            best = min(best, again, key=lambda record: record[OBJECTIVE])
+        found += _tuned(search, best, folder, course, events)
+    return replace(sweep, trials=(*sweep.trials, *found), searches=())
+
+
+def known(sweep: Sweep, folder: Path, events: Events) -> Sweep:
+    """The sweep with trials of what its searches have found so far, for a plan; runs nothing and writes nothing."""
+    trials = list(sweep.trials)
+    for search in sweep.searches:
+        plan = _plan(sweep, search, folder)
+        plan.scan(events.line)
+        course = Course(search, folder / ledger.FOLDER, plan.contents[search.base.dataset], keep=False)
+        best = "" if course.best is None else f", best {OBJECTIVE} {course.best[OBJECTIVE]:.5g} so far"
+        events.line(f"search of {search.model}: {len(course.records)} of {search.samples} trials done{best}")
+        if course.over and course.best:
+            trials += _trials(search, course.best)
+    return replace(sweep, trials=tuple(trials), searches=())
+
+
+def _plan(sweep: Sweep, search: Search, folder: Path) -> Plan:
+    return Plan.of(replace(sweep, trials=(search.base,), searches=()), folder)
+
+
+def _search(
+    sweep: Sweep,
+    search: Search,
+    folder: Path,
+    address: str | None,
+    plugins: tuple[plugin.Plugin, ...],
+    events: Events,
+    track: tuple[str, ...],
+) -> tuple[Course, dict]:
+    """Run what remains of one search; its course, and the best record."""
+    plan, spec = _plan(sweep, search, folder), search.base.dataset
+    with table.made(folder):
+        store = plan.read(spec, events.line)
+        facts = {"dataset": spec.name, "content": plan.contents[spec], "name": sweep.name}
+        course = Course(search, folder / ledger.FOLDER, plan.contents[spec], facts=facts)
+        if not course.over:
+            with connect(address) as cluster:
+                _run(course, plan, store, cluster, plugins, events, track, nodes=address is not None)
+    return course, course.close()
+
+
+def _run(
+    course: Course,
+    plan: Plan,
+    store: "Store",  # noqa: F821
+    cluster: Cluster,
+    plugins: tuple[plugin.Plugin, ...],
+    events: Events,
+    track: tuple[str, ...],
+    *,
+    nodes: bool,
+) -> None:
+    """Share what trials need, and have Tune run them until the search is over."""
+    import ray
+
+    from perturbray.data import blocks
+
+    search = course.search
+    room = Room.of(search, cluster, float(ray.cluster_resources().get("memory", 0)))
+    spec = search.base.dataset
+    depth = None
+    if not plan.normalisation(spec).log1p:
+        with open_screen(spec.path) as file:
+            depth = target_sum(file)
+    judge = Judge.of(search, store.cells(), plan.conditions[spec], target_sum=depth)
+    setting = Setting(
+        search=cloudpickle.dumps(search),
+        plugins=plugins,
+        conditions=plan.conditions[spec],
+        blocks=blocks.share(store, nodes=nodes or cluster.nodes > 1),
+        windows=deliver({spec: store}, room, events)[spec],
+        judge=ray.put(judge),
+        checkpoint_seconds=CHECKPOINT_SECONDS,
+    )
+    events.line(
+        f"search of {search.model} ({search.way}): {len(course.records)} of {search.samples} trials known; {room}; minimises "
+        f"{search.objective.name} on {len(judge.truth)} validation conditions"
+    )
+    stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
+    for number in range(ROUNDS):
+        ended = len(course.records)
+        try:
+            _fit(course, setting, room, plan.folder / "tune" / f"{course.folder.name}-{stamp}-{number}", events, track)
+        except RuntimeError as error:
+            events.line(f"Ray Tune gave up ({error})")
+        finally:
+            for name in list(course.running):
+                course.lose(name)
+        if course.over or len(course.records) == ended:
+            return
+
+
+def _fit(
+    course: Course, setting: Setting, room: Room, tune_folder: Path, events: Events, track: tuple[str, ...]
+) -> None:
+    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # Ctrl-C reaches us as KeyboardInterrupt
+    os.environ["TUNE_DISABLE_STRICT_METRIC_CHECKING"] = "1"  # an epoch at which nobody looked has no objective
+    from ray import tune
+
+    searcher, scheduler, callback = _adapters(course, _Lines(course, events))
+    resources = {"cpu": room.cpus, "gpu": room.gpus} | ({"memory": room.memory} if room.memory else {})
+    tuner = tune.Tuner(
+        tune.with_resources(tune.with_parameters(train, setting=setting), resources),
+        tune_config=tune.TuneConfig(
+            search_alg=searcher,
+            scheduler=scheduler,
+            num_samples=-1,  # the course says when it is over
+            reuse_actors=True,
+            max_concurrent_trials=room.at_once,
+            trial_dirname_creator=lambda trial: trial.trial_id,
+        ),
+        run_config=tune.RunConfig(
+            name=tune_folder.name,
+            storage_path=str(tune_folder.parent.resolve()),
+            failure_config=tune.FailureConfig(max_failures=DEATHS),
+            checkpoint_config=tune.CheckpointConfig(num_to_keep=1),
+            callbacks=[callback, *trackers(track, course)],
+            verbose=0,
+        ),
+    )
+    tuner.fit()
+
+
+def _adapters(course: Course, lines: "_Lines") -> tuple:
+    """What Tune asks and tells, as its own kinds of object. It pickles them, and never needs them back."""
+    from ray import tune
+    from ray.tune.schedulers import FIFOScheduler, TrialScheduler
+    from ray.tune.search import Searcher
+
+    class Unstored:
+        """Tune pickles what it is given; a course lives in its own files."""
+
+        def __deepcopy__(self, memo):
+            return self
+
+        def __reduce__(self):
+            return object, ()
+
+    class Proposals(Unstored, Searcher):
+        def suggest(self, trial_id):
+            values = course.begin(trial_id)
+            if values is None:
+                return Searcher.FINISHED if course.over != "samples" or not course.running else None
+            return {"values": values}
+
+        def on_trial_complete(self, trial_id, result=None, error=False):
+            if trial_id not in course.running:
+                return
+            result = result or {}
+            if error:
+                course.end(trial_id, error=f"its process died {DEATHS + 1} times")
+            elif "failed" in result:
+                course.end(trial_id, error=result["failed"])
+            elif result.get("final"):
+                course.end(trial_id, final=_numbers(result))
+            else:
+                course.end(trial_id)
+            lines.ended()
+
+        def save(self, checkpoint_path):
+            Path(checkpoint_path).touch()
+
+        def restore(self, checkpoint_path):
+            raise NotImplementedError("a search goes on from its own files")
+
+    class Halt(Unstored, FIFOScheduler):
+        def on_trial_result(self, tune_controller, trial, result):
+            if "failed" in result or result.get("final") or trial.trial_id not in course.running:
+                return TrialScheduler.CONTINUE
+            seconds = float(result.get("time_total_s", 0.0))
+            stop = course.report(trial.trial_id, epoch=int(result["epoch"]), values=_numbers(result), seconds=seconds)
+            return TrialScheduler.STOP if stop else TrialScheduler.CONTINUE
+
+    class Clean(Unstored, tune.Callback):
+        def on_trial_complete(self, iteration, trials, trial, **info):
+            self._remove(trial)
+
+        def on_trial_error(self, iteration, trials, trial, **info):
+            self._remove(trial)
+
+        def _remove(self, trial):
+            """Its checkpoints, which serve restarts alone: of many large networks they would fill a disk."""
+            for place in Path(trial.storage.trial_fs_path).glob("checkpoint_*"):
+                shutil.rmtree(place, ignore_errors=True)
+
+    return Proposals(), Halt(), Clean()
+
+
+def _numbers(result: dict) -> dict[str, float]:
+    return {name: float(value) for name, value in result.items() if isinstance(value, int | float)}
+
+
+def trackers(names: Iterable[str], course: Course) -> list:
+    """Ray's own callbacks for what tracks experiments. Raises InputError where it is not installed."""
+    made = []
+    for name in names:
+        if name not in TRACKERS:
+            raise InputError(f"no tracker is named {name!r}: there are {', '.join(TRACKERS)}")
+        try:
+            __import__(name)
+        except ImportError:
+            raise InputError(f"{name} is not installed: pip install 'perturbray[{name}]'") from None
+        if name == "wandb":
+            from ray.air.integrations.wandb import WandbLoggerCallback
+
+            made.append(WandbLoggerCallback(project="perturbray", group=course.folder.name))
+        else:
+            from ray.air.integrations.mlflow import MLflowLoggerCallback
+
+            made.append(MLflowLoggerCallback(experiment_name=course.folder.name))
+    return made
+
+
+def train(config: dict, *, setting: Setting) -> None:
+    """Tune's trainable: one trial, which says after each epoch what it is worth. Leaves no state in its process."""
+    import ray
+    from ray import tune
+
+    plugin.install(setting.plugins)
+    search: Search = pickle.loads(setting.search)
+    checkpoints = Checkpoints(tune, seconds=setting.checkpoint_seconds)
+    try:
+        with one_thread(), _memory(search.trial_memory_gb):
+            judge: Judge = ray.get(setting.judge)
+            outcome = run(
+                search.trial(config["values"]),
+                setting.blocks.cells(),
+                setting.conditions,
+                truth=judge.truth,
+                report=checkpoints.report,
+                state=checkpoints.restore(),
+                windows=setting.windows,
+                judge=judge,
+                every=search.every,
+            )
+            final = judge(outcome.predicted)
+    except Exception as error:
+        # Told and not raised: Tune would run it again, and an error of the trial itself would come again.
+        tune.report({"failed": reason(error)})
+        return
+    tune.report({"final": True, "epochs": outcome.fit.epochs, **final})
+
+
+@contextmanager
+def _memory(gigabytes: float) -> Iterator[None]:
+    """Within it, this process may take so much more address space: what goes beyond is a MemoryError of this trial alone."""
+    if not gigabytes:
+        yield
+        return
+    import resource
+
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    limit = pages * os.sysconf("SC_PAGE_SIZE") + int(gigabytes * 2**30)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+class _Lines:
+    """Says how far a search is: at each new best, and every so often."""
+
+    def __init__(self, course: Course, events: Events) -> None:
+        self.course, self.events, self.last, self.best = course, events, 0.0, None
+
+    def ended(self) -> None:
+        course = self.course
+        best, now = course.best, time.monotonic()
+        key = None if best is None else best["key"]
+        if key == self.best and now - self.last < LINE_SECONDS and not course.over:
+            return
+        self.best, self.last = key, now
+        states = [record["state"] for record in course.records.values()]
+        text = f"search of {course.search.model}: {len(states)} of {course.search.samples} trials"
+        text += f", {states.count('stopped')} stopped early" + (
+            f", {states.count('failed')} failed" * ("failed" in states)
+        )
+        self.events.line(text + (f"; best {best[OBJECTIVE]:.5g} (trial {best['number']})" if best else ""))
+
+
+def _tuned(search: Search, best: dict, folder: Path, course: Course, events: Events) -> list[Trial]:
+    """Store and show the best configuration; its trials."""
+    trials = _trials(search, best)
+    origin = {
+        "objective": search.objective.name,
+        "value": best[OBJECTIVE],
+        "trials": len(course.records),
+        "search": course.folder.name,
+        "dataset": search.base.dataset.name,
+        "content": course.fingerprint,
+    }
+    tuned = Tuned(model=trials[0].model, training=trials[0].training, origin=origin)
+    path = folder / f"{TUNED}-{search.model}.json"
+    table.replace_file(path, lambda target: target.write_text(tuned.to_json(), encoding="utf-8"))
+    events.line(f"the best of {search.model}, {OBJECTIVE} {best[OBJECTIVE]:.5g}, in {path} (--model {path} runs it):")
+    events.line(str(tuned))
+    if replace(trials[0], variant="") == replace(search.base, seed=0):
+        events.line("which is the configuration that it comes with: its trials are those of both")
+    return trials
+
+
+def _trials(search: Search, best: dict) -> list[Trial]:
+    trial = replace(search.trial(best["values"]), variant=TUNED)
+    return [replace(trial, seed=seed) for seed in range(search.seeds)]

@@ -1,0 +1,130 @@
+"""Kills of the command that searches, at seeded moments: what a search has learnt stays, and its end is that of one which
+nothing disturbed."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from test_kills import ORPHANS, ROOT, alive, family, wait
+
+from perturbray.results import ledger, table
+
+pytestmark = pytest.mark.slow
+
+SAMPLES = 14
+# Holds the process still in the middle of a write, a moment before the rename, so that a kill can hit it there.
+SLOW_WRITES = """
+import time
+from perturbray.results import table
+replace = table.Path.replace
+def slow(self, target):
+    if self.suffix == ".tmp":
+        time.sleep(0.3)
+    return replace(self, target)
+table.Path.replace = slow
+"""
+
+
+@dataclass
+class Command:
+    """`python sweeps/search.py` on the small screen, one trial at a time, in a session of its own."""
+
+    screen: Path
+    results: Path
+
+    @property
+    def folder(self) -> Path:
+        return self.results / f"search-{self.screen.stem}"
+
+    def start(self, *, slow: bool = False) -> subprocess.Popen:
+        words = ["--data", self.screen, "--results", self.results, "--samples", SAMPLES, "--at-once", 1, "--seeds", 1]
+        words += ["--set", "training.epochs=8"]
+        script = ROOT / "sweeps" / "search.py"
+        source = f"import runpy, sys\n{SLOW_WRITES if slow else ''}\nsys.argv = sys.argv[1:]\n"
+        source += "runpy.run_path(sys.argv[0], run_name='__main__')"
+        with open(self.results.with_suffix(".log"), "a") as log:
+            return subprocess.Popen(
+                [sys.executable, "-c", source, str(script), *map(str, words)],
+                env={**os.environ, "PYTHONPATH": str(ROOT)},
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+
+    def log(self) -> str:
+        return self.results.with_suffix(".log").read_text()
+
+    def records(self) -> dict[str, dict]:
+        found = list((self.folder / ledger.FOLDER).glob("*/"))
+        assert len(found) <= 1
+        return ledger.read_records(found[0]) if found else {}
+
+    def stamps(self) -> dict[str, tuple[int, int]]:
+        places = (self.folder / ledger.FOLDER).glob("*/????????????????.json")
+        return {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in places}
+
+    def writing(self) -> bool:
+        return any((self.folder / ledger.FOLDER).glob("*/.????????????????.json.*.tmp"))
+
+
+def told(records: dict[str, dict]) -> list[dict]:
+    ordered = sorted(records.values(), key=lambda record: record["number"])
+    return [{k: v for k, v in record.items() if k not in ("seconds", "started", "ended")} for record in ordered]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(small_screen, tmp_path_factory):
+    command = Command(small_screen, tmp_path_factory.mktemp("undisturbed") / "results")
+    process = command.start()
+    assert process.wait(timeout=900) == 0, command.log()
+    return command
+
+
+def test_a_search_that_is_killed_again_and_again_ends_like_an_undisturbed_one(small_screen, tmp_path, undisturbed):
+    command, moment = Command(small_screen, tmp_path / "results"), random.Random(0)
+    stored: dict[str, tuple[int, int]] = {}
+    left: set[tuple[int, str]] = set()
+    plans = ("first trial", "early", "write", "late", "judging the best")
+    for where in plans:
+        process = command.start(slow=where == "write")
+        since, step = len(stored), moment.randint(1, 4)
+
+        def reached(where=where, since=since, step=step, process=process) -> bool:
+            if process.poll() is not None:
+                return True
+            number = len(command.records())
+            return {
+                "first trial": "trials known" in command.log(),
+                "early": number >= since + step,
+                "write": number > since and command.writing(),
+                "late": number >= min(since + step, SAMPLES - 1),
+                "judging the best": len(table.finished(command.folder)) >= 1,
+            }[where]
+
+        wait(reached, 600)
+        assert process.poll() is None, command.log()
+        left |= family(process.pid)
+        process.kill()
+        process.wait()
+        now = command.stamps()
+        assert stored.items() <= now.items(), f"{where}: a trial that had ended was run again"
+        assert len(now) == len(command.records()), f"{where}: a file that cannot be read"
+        stored = now
+        wait(lambda here=frozenset(left): not alive(set(here)), ORPHANS)
+    judged = table.finished(command.folder)
+    assert judged
+
+    process = command.start()
+    assert process.wait(timeout=900) == 0, command.log()
+    assert stored.items() <= command.stamps().items()
+    assert len(command.records()) == SAMPLES
+    assert judged <= table.finished(command.folder)
+    assert told(command.records()) == told(undisturbed.records()), "the same configurations, worth the same"
+    tuned = [json.loads((c.folder / "tuned-latent_additive.json").read_text()) for c in (command, undisturbed)]
+    assert tuned[0] == tuned[1]
+    assert table.finished(command.folder) == table.finished(undisturbed.folder)
