@@ -69,11 +69,13 @@ def effect(name: str, **traits: bool) -> Callable[[Callable[[Side], np.ndarray]]
 
 def sides(prediction: Prediction) -> tuple[Side, Side]:
     """The predicted and the observed side of a prediction."""
-    truth_control = prediction.control if prediction.observed_control is None else prediction.observed_control
+    control = truth_control = prediction.control.rows(prediction.context)
+    if prediction.observed_control is not None:
+        truth_control = prediction.observed_control.rows(prediction.context)
     shared = {"prediction": prediction, "target_sum": prediction.target_sum}
     return (
-        Side(bulk=prediction.predicted, control=prediction.control.rows(prediction.context), **shared),
-        Side(bulk=prediction.observed, control=truth_control.rows(prediction.context), **shared),
+        Side(bulk=prediction.predicted, control=control, **shared),
+        Side(bulk=prediction.observed, control=truth_control, **shared),
     )
 
 
