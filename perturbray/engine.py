@@ -21,7 +21,6 @@ from perturbray.data.loading import Delivery
 from perturbray.data.splits import TRAIN
 from perturbray.data.store import Store
 from perturbray.data.truth import CELLS_SEED, digest, observe
-from perturbray.data.vocabulary import Vocabulary
 from perturbray.metrics.cell_metrics import COMPONENTS
 from perturbray.metrics.distribution import fit_pca
 from perturbray.models.base import MODELS
@@ -328,7 +327,8 @@ def _keep(outcome: Outcome, trial: Trial, conditions: Conditions, depth: float |
         state=outcome.model.state_dict(),
         conditions=conditions,
         subset=outcome.split.condition,
-        train_cells=Vocabulary.of(conditions, outcome.split).train_cells,
+        train_cells=outcome.vocabulary.train_cells,
+        embedding_width=outcome.vocabulary.embedding_width,
         roles={name: getattr(trial.dataset, name) for name in ("perturbation", "delimiter", "layer")},
         depth=depth,
         seed=trial.seed,

@@ -142,6 +142,7 @@ class Outcome:
     predicted: Predicted
     truth: Truth
     split: Split
+    vocabulary: Vocabulary
     fit: Fit
     model: Model
     columns: dict[str, str | int | float]
@@ -182,7 +183,8 @@ def run(
     trial.check(conditions)
     split = trial.make_split(conditions)
     truth = truth or observe(cells, conditions, split)
-    vocabulary = Vocabulary.of(conditions, split)
+    width = cells.embedding_width(trial.model.embedding)
+    vocabulary = Vocabulary.of(conditions, split, embedding_width=width)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     stream = BatchStream(
         cells,
@@ -193,7 +195,7 @@ def run(
         mode=trial.model.mode,
         device=device,
         sampling=trial.training.sampling(trial.model.unit, getattr(trial.model, "set_size", 0)),
-        embedding=getattr(trial.model, "embedding", None),
+        embedding=trial.model.embedding,
         windows=windows,
     )
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -234,7 +236,8 @@ def run(
         "predict_seconds": time.perf_counter() - fitted,
         "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
     }
-    return Outcome(predicted=predicted, truth=truth, split=split, fit=done, model=model, columns=columns)
+    parts = {"split": split, "vocabulary": vocabulary, "fit": done, "model": model, "columns": columns}
+    return Outcome(predicted=predicted, truth=truth, **parts)
 
 
 def _fields(spec: Any) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from perturbray import synthetic
 from perturbray.counterfactual.cells import CONDITIONS, check, effects, predicted, read_conditions, write_cells
 from perturbray.counterfactual.controls import Controls
 from perturbray.counterfactual.ranking import enrichment, rank, read_signature
-from perturbray.data import matrix
+from perturbray.data import store
 from perturbray.data.batches import Batch
 from perturbray.data.dataset import DatasetSpec
 from perturbray.data.splits import TEST, TRAIN, Combination, CovariateTransfer
@@ -42,8 +42,7 @@ def lab(screen):
 def fitted(spec: ModelSpec, lab: screens.Lab, dataset: DatasetSpec, *, seed: int = 0, **training) -> Fitted:
     torch.manual_seed(seed)
     model = lab.fitted(spec, **training)
-    facts = matrix.scan(dataset, cell_names=lab.conditions.cell_names, genes=lab.conditions.genes)
-    normalisation = matrix.decide(dataset, facts)
+    normalisation = store.ingest(dataset, lab.conditions).normalisation
     bare = replace(lab.conditions, cell_condition=np.empty(0, np.int32), cell_names=np.empty(0, object))
     return Fitted(
         spec=spec,
@@ -52,6 +51,7 @@ def fitted(spec: ModelSpec, lab: screens.Lab, dataset: DatasetSpec, *, seed: int
         subset=lab.split.condition,
         train_cells=lab.vocabulary.train_cells,
         roles={"perturbation": dataset.perturbation, "delimiter": dataset.delimiter, "layer": None},
+        embedding_width=0,
         depth=normalisation.depth if normalisation.log1p else None,
         seed=seed,
         name="a model",

@@ -91,6 +91,10 @@ class Cells:
         gather.add(self.blocks, self.starts, rows, np.asarray(code), sums, power=power, compiled=self.compiled)
         return sums
 
+    def embedding_width(self, name: str) -> int:
+        """Columns of an obsm matrix; 0 for no name. Raises InputError where there is none of that name."""
+        return self.embedding(name, np.empty(0, dtype=np.int64)).shape[1] if name else 0
+
     def embedding(self, name: str, rows: np.ndarray) -> np.ndarray:
         """(len(rows), width) float32 rows of an obsm matrix. Raises InputError for one that is not there."""
         if name not in self.embeddings:

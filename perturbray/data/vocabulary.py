@@ -26,8 +26,8 @@ class Vocabulary:
     singles: tuple[tuple[str, ...], ...] = ()  # (conditions,) names, those that training never shows among them
 
     @classmethod
-    def of(cls, conditions: Conditions, split: Split) -> "Vocabulary":
-        """What training shows of the screen."""
+    def of(cls, conditions: Conditions, split: Split, *, embedding_width: int = 0) -> "Vocabulary":
+        """What training shows of the screen; of the cells themselves only how wide the matrix is that a model reads."""
         train = (split.condition == TRAIN) & ~conditions.is_control
         singles = sorted({single for row in np.flatnonzero(train) for single in conditions.singles[row]})
         # Controls of every context are trained on, so a context's levels are known even where no perturbation is.
@@ -59,5 +59,6 @@ class Vocabulary:
             is_train=train,
             known=known,
             train_cells=np.bincount(conditions.cell_condition[split.cell == TRAIN], minlength=len(conditions)),
+            embedding_width=embedding_width,
             singles=conditions.singles,
         )

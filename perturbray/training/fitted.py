@@ -34,6 +34,7 @@ class Fitted:
     subset: np.ndarray  # (conditions,) int8, of the split that it was fitted on
     train_cells: np.ndarray  # (conditions,) int64
     roles: dict[str, str | None]  # perturbation, delimiter and layer of the dataset
+    embedding_width: int  # of the obsm matrix that the model reads cells from; 0: it reads expression
     depth: float | None  # counts to which training cells were scaled before log1p; None: they came log-normalised
     seed: int
     name: str = ""  # of the trial, for messages and tables
@@ -56,6 +57,7 @@ class Fitted:
             "control": conditions.control,
             "subset": self.subset.tolist(),
             "train_cells": self.train_cells.tolist(),
+            "embedding_width": self.embedding_width,
             "roles": self.roles,
             "depth": self.depth,
             "seed": self.seed,
@@ -109,6 +111,7 @@ class Fitted:
             conditions=conditions,
             subset=np.array(table["subset"], dtype=np.int8),
             train_cells=np.array(table["train_cells"], dtype=np.int64),
+            embedding_width=table["embedding_width"],
             roles=table["roles"],
             depth=table["depth"],
             seed=table["seed"],
@@ -142,7 +145,7 @@ class Fitted:
         )
         subset = np.concatenate([self.subset, np.full(len(new), UNUSED, dtype=np.int8)])
         split = Split(condition=subset, cell=np.empty(0, dtype=np.int8), stratum=np.full(len(subset), "common"))
-        vocabulary = Vocabulary.of(longer, split)
+        vocabulary = Vocabulary.of(longer, split, embedding_width=self.embedding_width)
         counted = np.concatenate([self.train_cells, np.zeros(len(new), dtype=np.int64)])
         model = self.spec.build(replace(vocabulary, train_cells=counted))
         model.restore(self.state)
