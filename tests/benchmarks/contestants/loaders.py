@@ -4,6 +4,7 @@ import os
 
 os.environ.update(RAY_USAGE_STATS_ENABLED="0", RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0", RAY_AUTH_MODE="disabled")
 
+import pickle
 import time
 from itertools import count
 
@@ -87,22 +88,29 @@ def annloader(path, batch_size, part=1.0):
     return lambda: sum(len(batch.X) for _, batch in zip(range(batches), loader, strict=False))
 
 
-def held(path, batch_size):
-    """A trial that trains on the mapped screen for some batches and then waits; for its memory."""
+def held(given):
+    """A trial that trains on the mapped screen for some batches and then waits, for who looks at its memory.
+
+    Store, conditions and split come pickled, as trials of a sweep get them.
+    """
     import perturbray.engine  # noqa: F401  # what a trial's process has imported
 
     torch.set_num_threads(1)
+    training = pr.Training()
 
     def train():
-        stream = pr.load(path, batch_size=batch_size)
-        model = pr.LatentAdditive().build(pr.Vocabulary.of(stream.conditions, stream.split))
+        with open(given, "rb") as file:
+            store, conditions, split = pickle.load(file)
+        options = {"batch_size": training.batch_size, "seed": 0, "mode": "paired"}
+        stream = pr.BatchStream(store.cells(), conditions, split, **options)
+        model = pr.LatentAdditive().build(pr.Vocabulary.of(conditions, split))
         optimiser = torch.optim.Adam(model.parameters())
-        for batch, _ in zip(stream.epoch(), range(20), strict=False):
+        for batch, _ in zip(stream.epoch(), range(40), strict=False):
             optimiser.zero_grad()
             model.loss(batch).backward()
             optimiser.step()
-        held.stream, held.model, held.batch = stream, model, batch
-        return os.getpid()
+        held.kept = stream, model, optimiser, batch
+        return int(batch.cell[0])
 
     return train
 
