@@ -26,7 +26,9 @@ class Batch:
     condition: Tensor  # (cells,) int64
     context: Tensor  # (cells,) int64
     cell: Tensor | None = None  # (cells,) int64, row numbers of the cells in the dataset; None when predicting
-    embedding: Tensor | None = None  # (cells, width) float32, rows of an obsm matrix of the cells themselves, where asked
+    embedding: Tensor | None = (
+        None  # (cells, width) float32, rows of an obsm matrix of the cells themselves, where asked
+    )
     control_embedding: Tensor | None = None  # (cells, width) float32, rows of the same matrix of the control cells
     generator: torch.Generator | None = None  # what a model that samples draws from; None: it predicts its mean
 

@@ -157,9 +157,7 @@ class CPANet(GradientModel):
             with torch.no_grad():
                 z, _ = self.encode(self.observed(batch), batch)
             z.requires_grad_()
-            return "adversary", (
-                spec.adversary_weight * self.entropy(z, batch) + spec.penalty_weight * self.penalty(z)
-            )
+            return "adversary", (spec.adversary_weight * self.entropy(z, batch) + spec.penalty_weight * self.penalty(z))
         share = min(1.0, at.epoch / spec.kl_warmup_epochs) if spec.kl_warmup_epochs else 1.0
         terms = self.terms(batch, kl_share=share)
         if not self.adversarial or at.epoch < spec.warmup_epochs:

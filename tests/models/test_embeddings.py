@@ -68,7 +68,9 @@ def test_a_prediction_reads_the_embedding_of_the_control_and_no_other(lab, embed
     nothing = torch.full_like(batch.expression, torch.nan)
     with torch.no_grad():
         expected = model.predict(batch)
-        blind = replace(batch, expression=nothing, control=nothing, embedding=torch.full_like(batch.embedding, torch.nan))
+        blind = replace(
+            batch, expression=nothing, control=nothing, embedding=torch.full_like(batch.embedding, torch.nan)
+        )
         assert torch.equal(model.predict(blind), expected)
         scrambled = replace(batch, control_embedding=batch.control_embedding.roll(1, dims=0))
         assert not torch.equal(model.predict(scrambled), expected)
