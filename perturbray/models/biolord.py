@@ -61,14 +61,14 @@ class BioLordStarNet(GradientModel):
             unknown = unknown + self.spec.noise * noise
         return self.decode(unknown, batch)
 
-    def known(self, batch: Batch) -> list[Tensor]:
+    def known_parts(self, batch: Batch) -> list[Tensor]:
         """The vectors of a cell's covariates, (cells, latent) each."""
         level = self.level[batch.context]
         return [embedding(level[:, i]) for i, embedding in enumerate(self.attributes)]
 
     def decode(self, unknown: Tensor, batch: Batch) -> Tensor:
         """(cells, genes) from an unknown part and the codes of a batch."""
-        parts = [unknown, self.perturbation_encoder(self.perturbation(batch)), *self.known(batch)]
+        parts = [unknown, self.perturbation_encoder(self.perturbation(batch)), *self.known_parts(batch)]
         out = self.decoder(torch.cat(parts, dim=1))
         return functional.softplus(out) if self.spec.softplus else out
 
@@ -81,7 +81,7 @@ class BioLordStarNet(GradientModel):
         noisy = unknown + spec.noise * torch.randn_like(unknown) if self.training else unknown
         recon = sum_of_squares(self.decode(noisy, batch), batch.expression)
         if spec.published:
-            penalty = sum(part.square().sum() for part in self.known(batch))
+            penalty = sum(part.square().sum() for part in self.known_parts(batch))
         else:
             penalty = unknown.square().sum(dim=1).mean()
         return {"loss": recon + spec.penalty_weight * penalty, "recon": recon, "penalty": penalty}

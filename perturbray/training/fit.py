@@ -11,12 +11,11 @@ from torch import Tensor
 from perturbray.data.batches import BatchStream
 from perturbray.data.sampling import Sampling, Unit
 from perturbray.data.splits import TRAIN, VAL
-from perturbray.errors import InputError, nearest
+from perturbray.errors import InputError
 from perturbray.models.base import GradientModel, Model, Moment, StreamingModel
 
 Report = Callable[[dict[str, float], Callable[[], dict]], None]  # values of an epoch, and a way to get the state
 Judge = Callable[[Model], dict[str, float]]  # what a model in evaluation mode is worth, by name
-PRECISIONS = ("float32", "bfloat16")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +35,7 @@ class Training:
     balance: bool = False  # contexts equally often in an epoch, whose length stays
     chunk: int = 0  # rows that stay together in the shuffle; 0: 1 up to 4 million cells, 64 beyond (data.sampling)
     clip_norm: float = 0.0  # gradient norm of what one optimiser moves; 0: not clipped
-    precision: str = "float32"  # bfloat16: matrix products of training in it, for GPUs; predictions stay in float32
+    bfloat16: bool = False  # matrix products of training in it, for GPUs; weights and predictions stay in float32
     compile: bool = False  # torch.compile of a model's parts: a minute first, then faster epochs on a GPU
 
     def __post_init__(self) -> None:
@@ -48,8 +47,6 @@ class Training:
         if not 0 < self.plateau_factor < 1:
             raise InputError(f"training.plateau_factor={self.plateau_factor}: above 0 and below 1")
         self.sampling()
-        if self.precision not in PRECISIONS:
-            raise InputError(f"training.precision={self.precision!r}: {nearest(self.precision, PRECISIONS)}")
 
     def sampling(self, unit: Unit = "cell", set_size: int = 0) -> Sampling:
         """How an epoch is drawn for a model whose batches are made of ``unit``. Raises InputError."""
@@ -251,7 +248,7 @@ def _parameters(optimiser: torch.optim.Optimizer) -> list[torch.nn.Parameter]:
 
 
 def _autocast(stream: BatchStream, training: Training) -> torch.autocast:
-    return torch.autocast(stream.device.type, dtype=torch.bfloat16, enabled=training.precision == "bfloat16")
+    return torch.autocast(stream.device.type, dtype=torch.bfloat16, enabled=training.bfloat16)
 
 
 @torch.no_grad()
