@@ -43,6 +43,7 @@ _PUBLIC = {
     "perturbray.plan": ["Plan"],
     "perturbray.prediction": ["Prediction", "Pseudobulk"],
     "perturbray.results.table": ["read"],
+    "perturbray.running": ["run"],
     "perturbray.search": ["Halving", "Objective", "Search", "Tuned", "searches"],
     "perturbray.space": ["Choice", "IntLogUniform", "LogUniform", "QUniform", "Uniform", "When"],
     "perturbray.sweep": ["Sweep", "grid"],

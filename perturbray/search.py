@@ -17,7 +17,7 @@ from perturbray.metrics.effects import EFFECTS
 from perturbray.metrics.metric import Metric
 from perturbray.models.base import MODELS
 from perturbray.proposals import STARTUP, WAYS
-from perturbray.space import Choice, Space, Values, When, check, distribution, holds
+from perturbray.space import Choice, Space, Values, When, check, distribution, holds, points
 from perturbray.training.fit import Training
 from perturbray.trial import Trial, convert
 
@@ -155,6 +155,8 @@ class Search:
                     raise InputError(f"search of {self.model}: {path} is no hyperparameter of a model or its training")
         if self.way not in WAYS:
             raise InputError(f"no way to search is named {self.way!r}: {nearest(self.way, WAYS)}")
+        if self.way == "grid":
+            next(points(self.space))  # raises where a range has no steps
         for name in ("samples", "every", "seeds", "max_failed"):
             if getattr(self, name) < 1:
                 raise InputError(f"search: {name}={getattr(self, name)}: at least 1")

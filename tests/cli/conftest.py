@@ -28,12 +28,12 @@ def command(monkeypatch, capsys, tmp_path):
     work.mkdir()
     monkeypatch.chdir(work)
 
-    def run(*words: object, entry: Callable[[], None] | None = None) -> Ended:
-        monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, words)])
+    def run(*words: object, entry: Callable[[], None] | None = None, script: Path = SCRIPT) -> Ended:
+        monkeypatch.setattr(sys, "argv", [str(script), *map(str, words)])
         before = signal.getsignal(signal.SIGTERM)
         try:
             with pytest.raises(SystemExit) as end:
-                entry() if entry else runpy.run_path(str(SCRIPT), run_name="__main__")
+                entry() if entry else runpy.run_path(str(script), run_name="__main__")
         finally:
             signal.signal(signal.SIGTERM, before)
         printed = capsys.readouterr()

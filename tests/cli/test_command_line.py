@@ -14,6 +14,7 @@ from perturbray.results import table
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "sweeps" / "imbalance.py"
+SEARCH = ROOT / "sweeps" / "search.py"
 HEAVY = ("torch", "ray", "pandas", "anndata", "scipy", "pyarrow", "h5py", "matplotlib")
 
 FROZEN = {
@@ -211,3 +212,41 @@ def test_a_sweep_from_the_command_line(command, small, tmp_path, ray_session):
     report = command("report", folder, entry=cli.command)
     assert (report.code, report.err) == (0, "")
     assert (folder / "report.html").exists()
+
+
+def test_a_search_from_the_command_line(command, small, ray_session):
+    words = [*small[:2], "--samples", "3", "--seeds", "1", "--at-once", "1", "--set", "training.epochs=2"]
+    ended = command(*words, script=SEARCH)
+    assert (ended.code, ended.err) == (0, "")
+    folder = Path("results/search-small")
+    path = folder / "tuned-latent_additive.json"
+    assert f"--model {path} runs it" in ended.out
+    assert "pr.Trial(" in ended.out
+    assert "What the search learnt" in (folder / "report.html").read_text()
+    again = command(*words, script=SEARCH)
+    assert "nothing to run" in again.out
+
+    plain, tuned = (command(*small, "--dry-run", "--smoke", "--model", name) for name in ("latent_additive", path))
+    assert (tuned.code, tuned.err) == (0, "")
+    keys = [set(re.findall(r"\b([0-9a-f]{16})\b.*latent_additive", ended.out)) for ended in (plain, tuned)]
+    assert len(keys[0]) == len(keys[1]) == 2
+    assert not keys[0] & keys[1], "it is trained as it was found"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--samples", "many"], "argument --samples: invalid int value"),
+        (["--space", "large"], "no search space is named 'large'"),
+        (["--objective", "rmse/averge"], "no metric is named 'rmse/averge'"),
+        (["--set", "model.widht=3"], "did you mean 'model.width'"),
+        (["--model", "mean_shift"], "model 'mean_shift' has no search space"),
+        (["--model", "nowhere.json"], "nowhere.json: holds no tuned configuration"),
+        (["--way", "grid"], "training.lr: .* has no steps"),
+    ],
+)
+def test_what_cannot_be_searched_is_one_line(words, message, command, small):
+    ended = command(*small[:2], *words, script=SEARCH)
+    assert ended.code == 2, ended.err
+    assert ended.err.count("\n") == 1
+    assert re.search(message, ended.err)
