@@ -29,6 +29,7 @@ SCRIPTS = {
         },
         "figures": {"resident_cells_a_second", "annloader_cells_a_cpu_second", "streaming_4000_peak_gb"},
         "bounds": {"speed_cells_that_differ": 0.5, "streaming_4000_peak_gb": 2.5},
+    },
     "training.py": {
         "parts": "linear,latent",
         "ratios": {"linear_over_plain", "latent_over_plain"},

@@ -81,7 +81,7 @@ def test_the_unknown_part_holds_the_state_of_the_cell_and_not_its_perturbation()
     label = np.unique(lab.conditions.perturbation[condition], return_inverse=True)[1]
     batch = lab.stream("all").batch(rows, None)
     with torch.no_grad():
-        unknown, known = model.eval().encoder(batch.expression), torch.cat(model.known(batch), dim=1)
+        unknown, known = model.eval().encoder(batch.expression), torch.cat(model.known_parts(batch), dim=1)
     assert probes.accuracy(unknown, label) <= 1 / 6 + 0.05
     assert probes.accuracy(known, lab.conditions.context[condition]) >= 0.9
     design = np.c_[unknown.numpy(), np.ones(len(rows))]
