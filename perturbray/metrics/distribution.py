@@ -32,6 +32,7 @@ from perturbray.randomness import generator
 T = TypeVar("T")
 
 RUN_VALUES = 2**20  # coordinates of cells that are prepared for distances at once, 8 MB
+FEW = 64  # rows among which it costs more to set rare genes apart than it saves
 STRIP = 128  # cells at once where each pair is needed once; a divisor of BLOCK and at most TILE
 BANDWIDTHS = (0.25, 0.5, 1.0, 2.0, 4.0)  # in units of the median distance between observed cells
 
@@ -105,7 +106,7 @@ def within(X: Matrix, kernel: Kernel, engine: ModuleType | None = None) -> np.nd
     n = X.shape[0]
     if n < 2:
         return np.full(kernel.terms, np.nan)
-    engine = engine if sparse.issparse(X) else None
+    engine = engine if sparse.issparse(X) and n >= FEW else None
     x = _cloud(X if engine else dense(X), rare_genes([X], RARE_COMPILED) if engine else None)
     y, parts = Target(x, engine), []
     for i in tiles(0, n, STRIP):

@@ -95,7 +95,7 @@ def _perturbench_means(comparison: Comparison):
 
 def _perturbench_cells(comparison: Comparison, rows: np.ndarray, space) -> dict:
     """Cosine of mean PCA coordinates, and the half-scale V energy distance ("mmd") of cells in PCA and in genes."""
-    cells = [side.parts(rows) for side in (comparison.predicted, comparison.observed)]
+    cells = [list(side.parts(rows)) for side in (comparison.predicted, comparison.observed)]
     coordinates = [[space(X) for X in side] for side in cells]
     means = [np.stack([X.mean(axis=0) for X in side]) for side in coordinates]
     distances = {

@@ -54,6 +54,7 @@ def groups(cells, form, sizes=(2, 9, 3, 12)):
 @pytest.mark.parametrize("estimator", ["U", "V"])
 def test_energies_of_groups_are_those_of_a_loop_of_direct_differences(kind, form, engine, estimator, monkeypatch):
     monkeypatch.setattr(pairs, "COMPILED", ENGINES[engine])
+    monkeypatch.setattr("perturbray.metrics.distribution.FEW", 2)
     predicted, observed = groups(KINDS[kind], form)
     got = energy_matrix(predicted, observed, estimator=estimator)
     size = cdist(KINDS[kind], KINDS[kind]).max()
@@ -65,6 +66,7 @@ def test_energies_of_groups_are_those_of_a_loop_of_direct_differences(kind, form
 @pytest.mark.parametrize(("tile", "block"), [(4, 4), (5, 8), (16, 64)])
 def test_the_size_of_tiles_changes_nothing(form, engine, tile, block, monkeypatch):
     monkeypatch.setattr(pairs, "COMPILED", ENGINES[engine])
+    monkeypatch.setattr("perturbray.metrics.distribution.FEW", 2)
     predicted, observed = groups(SPARSE, form)
     expected = energy_matrix(predicted, observed)
     monkeypatch.setattr(pairs, "TILE", tile)
@@ -79,6 +81,7 @@ def test_the_size_of_tiles_changes_nothing(form, engine, tile, block, monkeypatc
 def test_copies_are_at_distance_exactly_zero(engine, monkeypatch):
     """A matrix product leaves rounding there, whose root is 1e-8."""
     monkeypatch.setattr(pairs, "COMPILED", ENGINES[engine])
+    monkeypatch.setattr("perturbray.metrics.distribution.FEW", 2)
     for form, copy in product(FORMS, (SPARSE[:1], np.full((1, 4), 999.99))):
         cells = form(np.repeat(copy, 5, axis=0))
         np.testing.assert_array_equal(energy_matrix([cells, cells], [cells]), 0)
