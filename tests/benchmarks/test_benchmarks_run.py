@@ -35,6 +35,16 @@ SCRIPTS = {
         "ratios": {"linear_over_plain", "latent_over_plain"},
         "figures": {f"{part}_{name}_val_loss" for part in ("linear", "latent") for name in ("ours", "plain")},
     },
+    "search.py": {
+        "parts": "tpe,asha,ours",  # optuna is a peer
+        "ratios": {f"{way}_over_perturbench_{t}" for way in ("tpe", "asha", "ours") for t in ("half", "whole")},
+        "figures": {"ours_whole_epochs", "perturbench_half_median"},
+    },
+    "engine.py": {
+        "parts": "noop,memory",
+        "ratios": {"noop_over_tune"},
+        "figures": {"seconds_per_noop_trial", "memory_of_trials_large_gb", "copies_of_the_screen"},
+    },
 }
 
 

@@ -115,12 +115,12 @@ def test_a_search_that_is_killed_again_and_again_ends_like_an_undisturbed_one(sm
         assert stored.items() <= now.items(), f"{where}: a trial that had ended was run again"
         assert len(now) == len(command.records()), f"{where}: a file that cannot be read"
         stored = now
-        wait(lambda here=frozenset(left): not alive(set(here)), ORPHANS)
     judged = table.finished(command.folder)
     assert judged
 
     process = command.start()
     assert process.wait(timeout=900) == 0, command.log()
+    wait(lambda: not alive(left), ORPHANS)
     assert stored.items() <= command.stamps().items()
     assert len(command.records()) == SAMPLES
     assert judged <= table.finished(command.folder)
