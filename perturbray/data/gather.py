@@ -67,13 +67,18 @@ def densify(
     blocks: Sequence[Rows], starts: np.ndarray, rows: np.ndarray, out: np.ndarray, *, compiled: bool = False
 ) -> None:
     """Write rows to the lines of ``out``, (len(rows), genes) float32, contiguous, whatever it held."""
+    if compiled:
+        from perturbray.data import kernels
+
+        block = np.searchsorted(starts, rows, side="right") - 1
+        for first in range(0, len(blocks), kernels.MOST):
+            some = kernels.side_by_side(blocks[first : first + kernels.MOST])
+            places = np.flatnonzero(block // kernels.MOST == first // kernels.MOST)
+            own = block[places]
+            kernels.densify(*some, own - first, rows[places] - starts[own], places, out)
+        return
     for b, places, local in locate(starts, rows):
         block = blocks[b]
-        if compiled:
-            from perturbray.data import kernels
-
-            kernels.densify(block.indptr, block.indices, block.values, local, places, out)
-            continue
         flat, genes = out.reshape(-1), out.shape[1]
         for i in range(0, len(local), PIECE):
             part, lines = local[i : i + PIECE], places[i : i + PIECE]

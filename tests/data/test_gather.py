@@ -9,6 +9,7 @@ from scipy import sparse
 from perturbray.data.batches import Cells
 from perturbray.data.buffers import KEPT, Buffers
 from perturbray.data.device import densify, on_device
+from perturbray.data.kernels import MOST
 from perturbray.data.rows import Rows
 from perturbray.errors import InputError
 
@@ -51,6 +52,13 @@ def test_rows_are_those_of_the_matrix(matrix, blocks, compiled, genes):
             np.add.at(sums, code, expected.astype(np.float64) ** power)
             found = cells.group_sums(rows, code, groups=4, power=power)
             np.testing.assert_allclose(found, sums, rtol=1e-12, atol=1e-12)
+
+
+def test_more_blocks_than_one_call_takes_are_the_rows_of_the_matrix(matrix):
+    cells = Cells([matrix[row : row + 20] for row in range(0, CELLS, 20)], compiled=True)
+    assert len(cells.blocks) > 2 * MOST
+    rows = np.random.default_rng(0).integers(CELLS, size=500)
+    np.testing.assert_array_equal(cells.dense(rows), matrix[rows].toarray())
 
 
 @pytest.mark.parametrize("compiled", [False, True])
