@@ -432,8 +432,27 @@ def _list(arguments: argparse.Namespace) -> int:
     }
     for name, thing in registries[arguments.kind].items():
         board.add_row(name, Text(_says(thing)))  # as text: brackets are no markup
+        if arguments.kind == "models":
+            board.add_row("", Text(_abilities(thing), style="dim"))
     Console(highlight=False).print(board)
     return 0
+
+
+TRAINS_ON = {
+    "paired": "perturbed cells with matched controls",
+    "perturbed": "perturbed cells",
+    "all": "all cells, controls among them",
+}
+
+
+def _abilities(spec: type) -> str:
+    """How a model learns, what its predictions need, and what they extend to."""
+    how = "" if spec.learning == "gradient" else ", in one pass"
+    learns = "learns nothing" if spec.learning == "nothing" else f"trains on {TRAINS_ON.get(spec.mode, spec.mode)}{how}"
+    needs = [*spec.needs, *(["an embedding of cells if asked"] if "embedding" in spec.__annotations__ else [])]
+    parts = [learns, f"needs {', '.join(needs) or 'nothing but labels'}"]
+    parts.append(f"unseen: {', '.join(f'{kind}s' for kind in spec.unseen) or 'nothing'}")
+    return "; ".join([*parts, "draws cells" if spec.samples else ""]).removesuffix("; ")
 
 
 def _says(thing: object) -> str:

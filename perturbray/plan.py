@@ -41,7 +41,11 @@ class Plan:
         specs = dict.fromkeys(trial.dataset for trial in sweep.trials)
         conditions = {spec: spec.conditions() for spec in specs}
         splits: dict[tuple, Split] = {}
+        checked = set()
         for trial in sweep.trials:
+            if (subject := (trial.dataset, trial.split, type(trial.model))) not in checked:
+                trial.check(conditions[trial.dataset])
+                checked.add(subject)
             if task_of(trial) not in splits:
                 splits[task_of(trial)] = split = trial.make_split(conditions[trial.dataset])
                 if not (split.condition == TEST).any():

@@ -18,7 +18,7 @@ import torch
 from perturbray.data.ablations import ABLATIONS, AblationSpec
 from perturbray.data.batches import BatchStream, Cells
 from perturbray.data.dataset import Conditions, DatasetSpec
-from perturbray.data.splits import SPLITS, TRAIN, CovariateTransfer, Split, SplitSpec
+from perturbray.data.splits import SPLITS, TEST, TRAIN, VAL, CovariateTransfer, Split, SplitSpec
 from perturbray.data.truth import observe
 from perturbray.data.vocabulary import Vocabulary
 from perturbray.errors import InputError, nearest
@@ -106,6 +106,26 @@ class Trial:
         specs = {part: getattr(self, part) for part in parts if getattr(self, part) is not None}
         return [f"{part}.{name}" for part, spec in specs.items() for name in _fields(spec)] + ["seed"]
 
+    def check(self, conditions: Conditions) -> None:
+        """Raise InputError where the task holds out a single perturbation entirely and the model cannot predict it.
+
+        The task's own split decides: what an ablation takes away from training is reported condition by condition.
+        """
+        if "perturbation" in self.model.unseen:
+            return
+        subset = self.split.split(conditions).condition
+        trained, asked = (
+            {single for row in np.flatnonzero(np.isin(subset, subsets)) for single in conditions.singles[row]}
+            for subsets in ((TRAIN,), (VAL, TEST))
+        )
+        if unseen := sorted(asked - trained):
+            able = [name for name, spec in MODELS.items() if "perturbation" in spec.unseen]
+            raise InputError(
+                f"{self.name}: the split holds out {', '.join(unseen[:10])}{', ...' if len(unseen) > 10 else ''} "
+                f"({len(unseen)} of {len(asked | trained)} single perturbations) in every context, and "
+                f"{MODELS.name_of(self.model)} cannot predict what it never saw; models that can: {', '.join(able)}"
+            )
+
     def make_split(self, conditions: Conditions) -> Split:
         """The split with the ablation applied."""
         if self.ablation is None:
@@ -151,6 +171,7 @@ def run(
     the trial's split, where it is at hand; ``sample`` predicted cells of each condition are kept.
     """
     started = time.perf_counter()
+    trial.check(conditions)
     split = trial.make_split(conditions)
     truth = truth or observe(cells, conditions, split)
     vocabulary = Vocabulary.of(conditions, split)

@@ -24,6 +24,8 @@ class Drawn:
     means: np.ndarray  # (conditions, genes)
     factors: np.ndarray | None = None  # (cells, factors), a cell's own state
     masks: np.ndarray | None = None  # (perturbations, latent dimensions) bool, in the order of the vocabulary
+    offsets: np.ndarray | None = None  # (perturbations, latent dimensions), zero where the mask is
+    decoder: tuple[np.ndarray, ...] | None = None  # max(z A + b, 0) C as A, b, C
 
 
 def design(contexts: int, labels: Sequence[str], *, cells: int, controls: int) -> list[screens.Cell]:
@@ -121,3 +123,49 @@ def latent_factors(
     expression = expression + noise * rng.standard_normal(expression.shape)
     split = by_cell(conditions, rng)
     return Drawn(lab=lab(conditions, expression, split, seed=seed), means=means, factors=own)
+
+
+def sparse_offsets(
+    *,
+    perturbations: int = 60,
+    latent: int = 10,
+    active: int = 3,
+    genes: int = 100,
+    cells: int = 30,
+    controls: int = 300,
+    width: int = 64,
+    size: float = 3.0,
+    noise: float = 0.7,
+    seed: int = 0,
+) -> Drawn:
+    """The generative model of SAMS-VAE: x = Dec(z + m_t e_t) + noise, Dec a fixed random network with one hidden layer,
+    z ~ N(0, 1), masks with ``active`` dimensions a perturbation, offsets of either sign and about the same size. The means
+    are those of many draws of z."""
+    rng = np.random.default_rng(seed)
+    labels = [f"drug_{i:03d}" for i in range(perturbations)]
+    conditions = screens.conditions_of(design(1, labels, cells=cells, controls=controls))
+    first, bias = rng.standard_normal((latent, width)) / np.sqrt(latent), rng.standard_normal(width)
+    second = rng.standard_normal((width, genes)) / np.sqrt(width)
+
+    def decode(z: np.ndarray) -> np.ndarray:
+        return np.maximum(z @ first + bias, 0) @ second
+
+    masks = rng.permuted(np.arange(latent) < np.full((perturbations, 1), active), axis=1)
+    sizes = size * rng.uniform(0.67, 1.33, masks.shape) * rng.choice([-1.0, 1.0], masks.shape)
+    offsets = masks * sizes
+    number = np.unique(conditions.perturbation, return_inverse=True)[1]  # 0: control, the first by name
+    shift = np.concatenate([np.zeros((1, latent)), offsets])
+    own = rng.standard_normal((len(conditions.cell_condition), latent))
+    expression = decode(own + shift[number][conditions.cell_condition])
+    expression = expression + noise * rng.standard_normal(expression.shape)
+    draws = rng.standard_normal((2000, latent))
+    means = np.stack([decode(draws + row).mean(axis=0) for row in shift])[number]
+    split = by_cell(conditions, rng, shares=(0.8, 0.1, 0.1))
+    return Drawn(
+        lab=lab(conditions, expression, split, seed=seed),
+        means=means,
+        factors=own,
+        masks=masks,
+        offsets=offsets,
+        decoder=(first, bias, second),
+    )

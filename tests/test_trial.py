@@ -16,7 +16,7 @@ import torch
 
 from perturbray.data.ablations import Imbalance, PublishedImbalance
 from perturbray.data.dataset import DatasetSpec
-from perturbray.data.splits import TEST, TRAIN, CovariateTransfer
+from perturbray.data.splits import TEST, TRAIN, CovariateTransfer, SplitSpec
 from perturbray.errors import InputError
 from perturbray.models.base import MODELS
 from perturbray.models.baselines import MeanShift, NoChange
@@ -342,6 +342,38 @@ def test_what_was_taken_away_is_in_the_columns(screen):
     columns = run(trial_of(screen, "mean_shift", ablation=ablation), screen.cells, screen.conditions).columns
     assert columns["imbalance"] == pytest.approx(0.2, abs=0.1)
     assert sum(json.loads(columns["training_perturbations"]).values()) == columns["train_conditions"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Without(SplitSpec):
+    """Holds out some labels in every context."""
+
+    labels: tuple[str, ...]
+
+    def split(self, conditions):
+        split = CovariateTransfer().split(conditions)
+        held = np.isin(conditions.perturbation, self.labels)
+        return replace(split, condition=np.where(held, TEST, split.condition).astype(np.int8))
+
+
+def test_a_model_is_refused_a_task_with_perturbations_that_it_cannot_know(screen):
+    conditions = screen.conditions
+    labels = [label for label in conditions.perturbations if "+" not in label]
+    held = tuple(sorted(labels)[:2])
+    in_pairs = {single for singles in conditions.singles if len(singles) > 1 for single in singles}
+    pairs = tuple(p for p in conditions.perturbations if "+" in p)
+    trial = trial_of(screen, "latent_additive", split=Without(labels=(*held, *pairs)))
+    message = rf"latent_additive, seed 0: the split holds out .*{held[0]}.* single perturbations\) in every context"
+    with pytest.raises(InputError, match=message):
+        run(trial, screen.cells, conditions)
+    replace(trial, model=MODELS["no_change"]()).check(conditions)
+    assert in_pairs, "combinations of singles that training shows are another thing"
+    replace(trial, split=Without(labels=pairs)).check(conditions)
+
+
+def test_perturbations_that_an_ablation_takes_away_are_reported_and_not_refused(screen):
+    taken = trial_of(screen, "latent_additive", ablation=Imbalance(level=0.2, highest=0.2, tolerance=0.1))
+    taken.check(screen.conditions)
 
 
 def test_a_split_that_leaves_nothing_to_predict_is_refused_by_the_trials_name(screen, monkeypatch):

@@ -63,7 +63,7 @@ class Model(nn.Module, ABC):
         self.register_buffer("multi_hot", torch.from_numpy(vocabulary.multi_hot), persistent=False)
         self.register_buffer("one_hot", torch.from_numpy(vocabulary.one_hot), persistent=False)
         # (conditions,) bool: those that the model can predict; of the others a table says that they are unseen.
-        self.known = vocabulary.known
+        self.predictable = vocabulary.known
 
     @abstractmethod
     def predict(self, batch: Batch) -> Tensor:
@@ -142,7 +142,7 @@ def adam(parameters: Iterable[nn.Parameter], training: Descent) -> torch.optim.A
 
 
 class StreamingModel(Model):
-    """Learns in one pass over the training cells, without a gradient.
+    """Learns in one pass over the training cells of its mode, without a gradient.
 
     A ``GradientModel`` that is a ``StreamingModel`` too has the pass before its first epoch (a PCA, condition means).
     """

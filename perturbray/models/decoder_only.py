@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from perturbray.data.batches import Batch, Mode
 from perturbray.data.vocabulary import Vocabulary
-from perturbray.models.base import MODELS, GradientModel, ModelSpec
+from perturbray.models.base import MODELS, GradientModel, ModelSpec, Need, Unseen
 from perturbray.models.layers import MLP, squared_error
 
 
@@ -19,6 +19,7 @@ class DecoderOnly(ModelSpec):
     """softplus(MLP(p, v)): one profile a condition, from no cell at all (Wu et al., arXiv 2408.10609)."""
 
     mode: ClassVar[Mode] = "perturbed"
+    needs: ClassVar[tuple[Need, ...]] = ()
     perturbations: ClassVar[bool] = True
     covariates: ClassVar[bool] = True
 
@@ -35,6 +36,7 @@ class DecoderOnly(ModelSpec):
 class DecoderCovariates(DecoderOnly):
     """softplus(MLP(v)): one profile a context. Scores on effects look fair, ranks are at chance: a check of metrics."""
 
+    unseen: ClassVar[tuple[Unseen, ...]] = ("combination", "perturbation")
     perturbations: ClassVar[bool] = False
 
 

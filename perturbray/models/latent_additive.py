@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from perturbray.data.batches import Batch
 from perturbray.data.vocabulary import Vocabulary
-from perturbray.models.base import MODELS, GradientModel, ModelSpec
+from perturbray.models.base import MODELS, GradientModel, ModelSpec, cell_width
 from perturbray.models.layers import MLP, squared_error
 
 
@@ -23,6 +23,7 @@ class LatentAdditive(ModelSpec):
     dropout: float = 0.1
     covariates: bool = True  # condition encoder and decoder on the covariates
     softplus: bool = True
+    embedding: str = ""  # encode this obsm row of the control cell instead of its expression
 
     def build(self, vocabulary: Vocabulary) -> "LatentAdditiveNet":
         return LatentAdditiveNet(self, vocabulary)
@@ -34,13 +35,14 @@ class LatentAdditiveNet(GradientModel):
         self.spec = spec
         genes, levels = len(vocabulary.genes), vocabulary.one_hot.shape[1] if spec.covariates else 0
         shape = {"width": spec.width, "layers": spec.layers, "dropout": spec.dropout}
-        self.encoder = MLP(genes + levels, spec.latent_dim, **shape)
+        self.encoder = MLP(cell_width(spec, vocabulary) + levels, spec.latent_dim, **shape)
         self.perturbation_encoder = MLP(len(vocabulary.perturbations), spec.latent_dim, **shape)
         self.decoder = MLP(spec.latent_dim + levels, genes, **shape)
 
     def predict(self, batch: Batch) -> Tensor:
         covariates = [self.covariates(batch)] if self.spec.covariates else []
-        control = self.encoder(torch.cat([batch.control, *covariates], dim=1))
+        cells = batch.control_embedding if self.spec.embedding else batch.control
+        control = self.encoder(torch.cat([cells, *covariates], dim=1))
         latent = control + self.perturbation_encoder(self.perturbation(batch))
         out = self.decoder(torch.cat([latent, *covariates], dim=1))
         return functional.softplus(out) if self.spec.softplus else out

@@ -10,11 +10,10 @@ from torch import Tensor
 
 from perturbray.data.batches import BatchStream
 from perturbray.data.splits import TRAIN, VAL
-from perturbray.errors import InputError, nearest
+from perturbray.errors import InputError
 from perturbray.models.base import GradientModel, Model, Moment, StreamingModel
 
 Report = Callable[[dict[str, float], Callable[[], dict]], None]  # values of an epoch, and a way to get the state
-PRECISIONS = ("float32", "bfloat16")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +28,7 @@ class Training:
     plateau_factor: float = 0.2  # by which the learning rate falls ...
     plateau_patience: int = 4  # ... after so many epochs without a better validation loss
     clip_norm: float = 0.0  # gradient norm of what one optimiser moves; 0: not clipped
-    precision: str = "float32"  # bfloat16: matrix products of training in it, for GPUs; predictions stay in float32
+    bfloat16: bool = False  # matrix products of training in it, for GPUs; weights and predictions stay in float32
     compile: bool = False  # torch.compile of a model's parts: a minute first, then faster epochs on a GPU
 
     def __post_init__(self) -> None:
@@ -40,8 +39,6 @@ class Training:
             raise InputError(f"training.lr={self.lr}: above 0")
         if not 0 < self.plateau_factor < 1:
             raise InputError(f"training.plateau_factor={self.plateau_factor}: above 0 and below 1")
-        if self.precision not in PRECISIONS:
-            raise InputError(f"training.precision={self.precision!r}: {nearest(self.precision, PRECISIONS)}")
 
 
 @dataclass(kw_only=True)
@@ -71,10 +68,7 @@ def fit(
 
 @torch.no_grad()
 def _pass(model: StreamingModel, stream: BatchStream) -> None:
-    """Every training cell once, controls included, whatever cells the epochs of the model visit."""
-    whole = copy.copy(stream)
-    whole.mode = "all"
-    for batch in whole.epoch(TRAIN, shuffle=False):
+    for batch in stream.epoch(TRAIN, shuffle=False):
         model.update(batch)
     model.finish()
 
@@ -214,7 +208,7 @@ def _parameters(optimiser: torch.optim.Optimizer) -> list[torch.nn.Parameter]:
 
 
 def _autocast(stream: BatchStream, training: Training) -> torch.autocast:
-    return torch.autocast(stream.device.type, dtype=torch.bfloat16, enabled=training.precision == "bfloat16")
+    return torch.autocast(stream.device.type, dtype=torch.bfloat16, enabled=training.bfloat16)
 
 
 @torch.no_grad()

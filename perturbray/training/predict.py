@@ -22,7 +22,7 @@ def predict(model: Model, stream: BatchStream, vocabulary: Vocabulary, truth: Tr
     kept of each condition, for metrics of distributions; 0 keeps none.
     """
     model.eval()
-    positions = np.flatnonzero(model.known[truth.rows])
+    positions = np.flatnonzero(model.predictable[truth.rows])
     genes, contexts = len(truth.genes), len(truth.contexts)
     shape = truth.control_halves.shape[:2]
     mean, halves = np.zeros((len(positions), genes)), np.zeros((*shape, len(positions), genes))

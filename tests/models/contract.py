@@ -19,6 +19,7 @@ from perturbray.data.batches import Batch, Cells
 from perturbray.data.splits import TEST, TRAIN
 from perturbray.data.truth import control_rows
 from perturbray.models.base import GradientModel, Model, ModelSpec, StreamingModel
+from perturbray.models.label_vectors import LabelVectors
 from perturbray.training import checkpoint
 from perturbray.training.fit import validate
 
@@ -62,7 +63,7 @@ class Subject:
 def take(batch: Batch, rows: Tensor) -> Batch:
     """Some cells of a batch, in another order."""
     parts = {field.name: getattr(batch, field.name) for field in fields(batch)}
-    return Batch(**{name: None if part is None else part[rows] for name, part in parts.items()})
+    return Batch(**{name: part[rows] if isinstance(part, Tensor) else part for name, part in parts.items()})
 
 
 def spec_is_frozen_and_pickles(subject: Subject) -> None:
@@ -109,6 +110,24 @@ def prediction_does_not_depend_on_the_other_cells_of_the_batch(subject: Subject)
 def prediction_is_the_same_twice(subject: Subject) -> None:
     batch = subject.batch()
     assert torch.equal(subject.predict(batch), subject.predict(batch))
+
+
+def prediction_draws_from_the_generator_of_the_batch_alone(subject: Subject) -> None:
+    """One seed, one answer, wherever torch's own generator stands; another seed, another, if the model says it draws."""
+    batch = subject.batch()
+
+    def seeded(seed: int) -> Tensor:
+        before = torch.get_rng_state()
+        torch.manual_seed(17 * seed + len(answers))
+        found = subject.predict(replace(batch, generator=torch.Generator().manual_seed(seed)))
+        torch.set_rng_state(before)
+        answers.append(found)
+        return found
+
+    answers: list[Tensor] = []
+    assert torch.equal(seeded(1), seeded(1))
+    assert torch.equal(seeded(2), answers[0]) != subject.spec.samples
+    assert torch.equal(subject.predict(batch), answers[0]) != subject.spec.samples
 
 
 def fitting_depends_on_the_seed_alone(subject: Subject) -> None:
@@ -230,6 +249,22 @@ def levels_of_expression_are_those_of_the_training_cells(subject: Subject) -> No
     assert np.abs(off).max() < 0.3
 
 
+def held_out_conditions_are_nearer_than_without_a_change(subject: Subject) -> None:
+    """The effects of the screen are strong; a model that looks at the perturbation must find more than the controls."""
+    if isinstance(subject.spec, LabelVectors):  # their vectors are random here: what is held out, they cannot know
+        return
+    if subject.name in BLIND:
+        return
+    lab = subject.lab
+    prediction, _, _ = screens.predicted(subject.model, lab.stream(subject.spec.mode), lab.vocabulary)
+    assert len(prediction) >= 3
+    control = prediction.control.mean[prediction.context]
+    errors = [
+        np.sqrt(np.mean((found - prediction.observed.mean) ** 2)) for found in (prediction.predicted.mean, control)
+    ]
+    assert errors[0] < 0.8 * errors[1]
+
+
 def every_test_condition_is_predicted_with_a_profile_that_is_not_negative(subject: Subject) -> None:
     lab = subject.lab
     prediction, rows, unseen = screens.predicted(subject.model, lab.stream(subject.spec.mode), lab.vocabulary)
@@ -268,6 +303,7 @@ ANYWHERE: dict[str, Callable[[Subject], None]] = {
         prediction_follows_a_permutation_of_cells,
         prediction_does_not_depend_on_the_other_cells_of_the_batch,
         prediction_is_the_same_twice,
+        prediction_draws_from_the_generator_of_the_batch_alone,
         fitting_depends_on_the_seed_alone,
         models_of_one_process_share_nothing,
         loss_is_finite_for_a_batch_of_one_cell,
@@ -282,5 +318,6 @@ WITHOUT_NOISE: dict[str, Callable[[Subject], None]] = {
     for check in (
         perturbations_are_told_apart_as_their_effects_are,
         levels_of_expression_are_those_of_the_training_cells,
+        held_out_conditions_are_nearer_than_without_a_change,
     )
 }

@@ -11,9 +11,16 @@ from contract import ANYWHERE, BLIND, WITHOUT_NOISE, Subject, state_restores_pre
 from perturbray.data.batches import Batch
 from perturbray.models.base import MODELS, ModelSpec
 from perturbray.models.baselines import MeanShiftNet
+from perturbray.models.cpa import CPA, CPANet
 from perturbray.models.latent_additive import LatentAdditive, LatentAdditiveNet
 
 THOROUGH = {"epochs": 60, "lr": 1e-2, "patience": 60, "plateau_patience": 60}
+
+
+def thoroughly(spec: ModelSpec) -> dict:
+    """As many steps of the model itself, where most batches are an adversary's; and masks need time to close."""
+    times = spec.adversary_steps if getattr(spec, "adversarial", False) else 4 if getattr(spec, "sparse", False) else 1
+    return {name: value if name == "lr" else value * times for name, value in THOROUGH.items()}
 
 
 @pytest.fixture(scope="module", params=MODELS)
@@ -23,7 +30,8 @@ def fitted(request, lab) -> Subject:
 
 @pytest.fixture(scope="module", params=MODELS)
 def thorough(request, clean) -> Subject:
-    return Subject.fit(request.param, screens.default_spec(request.param), clean, **THOROUGH)
+    spec = screens.default_spec(request.param)
+    return Subject.fit(request.param, spec, clean, **thoroughly(spec))
 
 
 @pytest.mark.parametrize("law", ANYWHERE)
@@ -50,6 +58,14 @@ def test_models_that_are_blind_to_the_perturbation_are_those_that_say_so():
 def mutant(base: type[torch.nn.Module] = LatentAdditiveNet, **methods) -> ModelSpec:
     """A spec whose network is ``base`` with other methods."""
     net, latent = type("Mutant", (base,), methods), issubclass(base, LatentAdditiveNet)
+    if issubclass(base, CPANet):
+
+        @dataclass(frozen=True, kw_only=True)
+        class Drawing(CPA):
+            def build(self, vocabulary):
+                return net(self, vocabulary)
+
+        return Drawing()
 
     @dataclass(frozen=True, kw_only=True)
     class Spec(LatentAdditive):
@@ -79,6 +95,15 @@ def target_read(self, batch: Batch):
 def dropout_left_on(self, batch: Batch):
     self.train()
     return LatentAdditiveNet.predict(self, batch)
+
+
+def seed_ignored(self, batch: Batch):
+    predicted = LatentAdditiveNet.predict(self, batch)
+    return predicted if batch.generator is None else predicted + torch.randn_like(predicted)
+
+
+def generator_ignored(self, batch: Batch):
+    return CPANet.predict(self, replace(batch, generator=None))
 
 
 def effect_zeroed(self, batch: Batch):
@@ -166,6 +191,11 @@ MUTANTS = {
         "prediction_has_a_row_a_cell_and_a_column_a_gene_and_is_finite",
     ),
     "dropout left on": (mutant(predict=dropout_left_on), "prediction_is_the_same_twice"),
+    "seed ignored": (mutant(predict=seed_ignored), "prediction_draws_from_the_generator_of_the_batch_alone"),
+    "generator ignored": (
+        mutant(CPANet, predict=generator_ignored),
+        "prediction_draws_from_the_generator_of_the_batch_alone",
+    ),
     "a generator of its own": (mutant(__init__=unseeded), "fitting_depends_on_the_seed_alone"),
     "state on the class": (mutant(Shared), "models_of_one_process_share_nothing"),
     "loss summed": (mutant(loss=sum_over_cells), "loss_of_a_batch_is_the_mean_over_its_cells"),
@@ -220,7 +250,9 @@ def test_a_spec_that_is_not_frozen_is_caught(lab):
 
 def test_the_models_from_which_mutants_are_made_keep_the_contract(lab):
     """So that what is caught is the mutation."""
-    for base in (LatentAdditiveNet, MeanShiftNet):
+    drawing = "prediction_draws_from_the_generator_of_the_batch_alone"
+    others = {law for _, law in MUTANTS.values()} - {drawing}
+    for base, laws in ((LatentAdditiveNet, others | {drawing}), (MeanShiftNet, others), (CPANet, {drawing})):
         subject = Subject.fit("whole", mutant(base), lab)
-        for law in {law for _, law in MUTANTS.values()}:
+        for law in laws:
             ANYWHERE[law](subject)

@@ -5,18 +5,23 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import screens
+import simulated
 import torch
 from contract import Subject
+from scipy.optimize import minimize_scalar
 from torch.nn import functional
 
 from perturbray.data.ablations import Imbalance
+from perturbray.data.batches import Batch
 from perturbray.data.dataset import DatasetSpec
 from perturbray.data.splits import TEST, TRAIN, CovariateTransfer
 from perturbray.metrics.metric import Metric, score_prediction
 from perturbray.models.baselines import MeanShift, NoChange, PerturbedMean, PerturbedMeanGlobal
+from perturbray.models.cpa import CPA, CPANoAdversary
 from perturbray.models.decoder_only import DecoderCovariates, DecoderOnly, DecoderPerturbations
 from perturbray.models.latent_additive import LatentAdditive
 from perturbray.models.linear_additive import LinearAdditive
+from perturbray.models.sams_vae import SAMSVAE
 from perturbray.synthetic import Screen, write
 from perturbray.trial import Trial, run
 
@@ -149,6 +154,61 @@ def test_linear_additive_of_zero_weights_is_the_softplus_of_the_control(lab):
     subject = Subject(name="", spec=LinearAdditive(), model=model, lab=lab)
     batch = subject.batch()
     assert torch.equal(subject.predict(batch), functional.softplus(batch.control))
+
+
+@pytest.mark.parametrize(("mean", "squashed"), [(0.07, (-0.03, 0.0)), (1.06, (-0.3, -0.05))])
+def test_linear_additive_of_the_best_bias_is_biased_where_there_is_no_effect(mean, squashed):
+    """On sparse cells that are drawn as their controls are, the softplus cannot be undone: the best intercept of a gene
+    leaves its mean too low and its spread far too small, as published."""
+    rng = np.random.default_rng(0)
+    expressed = rng.random(4000) < mean / 1.5
+    cells = torch.from_numpy(np.where(expressed, rng.normal(1.5, 0.3, 4000).clip(0.1), 0)).float().unsqueeze(1)
+    target = cells[torch.randperm(len(cells), generator=torch.Generator().manual_seed(0))]
+    found = minimize_scalar(
+        lambda bias: float((functional.softplus(cells + bias) - target).square().mean()),
+        bounds=(-10, 2),
+        method="bounded",
+    )
+    lab, _ = screens.noise_free(genes=1)
+    model = LinearAdditive(covariates=False).build(lab.vocabulary)
+    torch.nn.init.zeros_(model.effect.weight)
+    torch.nn.init.constant_(model.effect.bias, found.x)
+    rows = torch.zeros(len(cells), dtype=torch.int64)
+    batch = Batch(expression=None, control=cells, condition=rows, context=rows)
+    predicted = Subject(name="", spec=LinearAdditive(), model=model, lab=lab).predict(batch)
+    assert squashed[0] < float(predicted.mean() - cells.mean()) < squashed[1]
+    assert 0.05 < float(predicted.std() / cells.std()) < 0.7
+
+
+def test_latent_additive_without_its_perturbations_is_an_autoencoder_of_controls(lab):
+    subject = Subject.fit("", LatentAdditive(covariates=False), lab, epochs=1)
+    last = subject.model.perturbation_encoder[-1]
+    torch.nn.init.zeros_(last.weight)
+    torch.nn.init.zeros_(last.bias)
+    batch, model = subject.batch(), subject.model
+    with torch.no_grad():
+        expected = functional.softplus(model.decoder(model.encoder(batch.control)))
+    assert torch.equal(subject.predict(batch), expected)
+
+
+def doubles(subject: Subject, means: np.ndarray) -> float:
+    """The root mean squared error of held-out combinations against their true means."""
+    prediction, rows, unseen = predicted(subject)
+    assert len(rows) == 6
+    assert not len(unseen)
+    assert all(len(subject.lab.conditions.singles[row]) == 2 for row in rows)
+    return float(np.sqrt(np.mean((prediction.predicted.mean - means[rows]) ** 2)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("spec", "share"), [(LatentAdditive(), 0.6), (CPANoAdversary(), 0.6), (CPA(), 0.6), (SAMSVAE(), 0.8)], ids=repr
+)
+def test_unseen_combinations_of_additive_effects_are_nearer_than_without_a_change(spec, share):
+    drawn = simulated.additive(cells=60, size=0.8)
+    none = doubles(Subject.fit("no_change", NoChange(), drawn.lab), drawn.means)
+    patient = {"epochs": 80, "lr": 3e-3, "patience": 20, "plateau_patience": 8}
+    assert doubles(Subject.fit("", spec, drawn.lab, **patient), drawn.means) < share * none
 
 
 def test_linear_additive_adds_the_vectors_of_singles_to_that_of_a_combination(lab):

@@ -9,9 +9,10 @@ import torch
 
 from perturbray.data.splits import TRAIN, UNUSED, VAL
 from perturbray.errors import InputError
-from perturbray.models.base import GradientModel
+from perturbray.models.base import GradientModel, StreamingModel
 from perturbray.models.baselines import MeanShift, NoChange
-from perturbray.models.latent_additive import LatentAdditive
+from perturbray.models.cpa import CPA
+from perturbray.models.latent_additive import LatentAdditive, LatentAdditiveNet
 from perturbray.training import checkpoint
 from perturbray.training.fit import DivergedError, Training, fit, validate
 
@@ -218,6 +219,139 @@ def test_models_without_a_gradient_have_one_pass_or_none(lab):
 def test_impossible_training_is_refused_by_its_field(fields, message):
     with pytest.raises(InputError, match=message):
         Training(**fields)
+
+
+# Several optimisers, a pass before the first epoch, precision, compilation.
+
+ADVERSARIAL = CPA(width=16, latent_dim=4, adversary_width=8, adversary_steps=2, warmup_epochs=2, dropout=0.1)
+
+
+@pytest.mark.parametrize("epochs", [1, 3, 5])
+def test_a_resumed_fit_restores_every_optimiser_and_schedule(lab, tmp_path, epochs):
+    def run(seed, **options):
+        torch.manual_seed(seed)
+        model = ADVERSARIAL.build(lab.vocabulary)
+        return model, fit(model, lab.stream("all"), TRAINING, **options)
+
+    def report(values, snapshot):
+        if values["epoch"] == epochs:
+            checkpoint.save(tmp_path, snapshot())
+
+    whole, expected = run(0, report=report)
+    resumed, done = run(99, state=checkpoint.load(tmp_path))
+    assert same(whole, resumed)
+    assert done == expected
+    assert {"train_loss", "train_adversary", "val_loss", "val_recon", "val_adversary"} <= set(expected.history[-1])
+    assert "train_adversary" not in expected.history[0], "there is none in the warm-up"
+
+
+def test_weights_of_the_warm_up_are_no_candidates_for_the_best(lab):
+    class Warm(Scripted):
+        warmup_epochs = 2
+
+    losses = [1, 2, 5, 4, 6, 6]
+    done = fit(Warm(lab, losses), lab.stream(batch_size=500), Training(epochs=6, patience=2, plateau_patience=9))
+    assert (done.epochs, done.best_epoch, done.best_loss) == (6, 4, 4)
+    short = fit(Warm(lab, losses), lab.stream(batch_size=500), Training(epochs=2, patience=2, plateau_patience=9))
+    assert (short.epochs, short.best_epoch, short.best_loss) == (2, 2, 2), "where there are no others the last one"
+
+
+def test_an_adversary_that_is_not_finite_ends_the_fit_though_what_is_watched_is(lab):
+    class Lost(Scripted):
+        def optimisers(self, training):
+            self.other = torch.nn.Parameter(torch.zeros(()))
+            adam = {"model": self.weight, "adversary": self.other}
+            return {name: torch.optim.Adam([weight], lr=training.lr) for name, weight in adam.items()}
+
+        def step(self, batch, at):
+            if at.step % 2:
+                return "adversary", self.other * torch.nan
+            return "model", self.loss(batch)
+
+    with pytest.raises(DivergedError, match=r"epoch 1 \(train model 1\.0, train adversary nan, val loss 5\.0"):
+        fit(Lost(lab, [5, 5]), lab.stream(batch_size=64), Training(epochs=2))
+
+
+def test_the_moment_counts_epochs_and_batches_of_all_epochs(lab):
+    seen = []
+
+    class Watching(Scripted):
+        def step(self, batch, at):
+            seen.append((at.epoch, at.step))
+            return super().step(batch, at)
+
+    fit(Watching(lab, [3, 2, 1]), lab.stream(batch_size=100), Training(epochs=3))
+    batches = len(seen) // 3
+    assert batches > 1
+    assert seen == [(step // batches, step) for step in range(3 * batches)]
+
+
+class Centred(LatentAdditiveNet, StreamingModel):
+    """Subtracts the mean of what it saw before the first epoch."""
+
+    def __init__(self, spec, vocabulary):
+        super().__init__(spec, vocabulary)
+        self.register_buffer("total", torch.zeros(len(vocabulary.genes), dtype=torch.float64))
+        self.register_buffer("cells", torch.zeros(()))
+        self.passes = 0
+
+    def update(self, batch):
+        assert not torch.is_grad_enabled()
+        self.total += batch.expression.double().sum(dim=0)
+        self.cells += len(batch)
+
+    def finish(self):
+        self.passes += 1
+        self.total /= self.cells
+
+    def loss(self, batch):
+        assert self.passes or self.cells, "the pass comes first"
+        return super().loss(batch)
+
+
+def test_a_model_may_have_one_pass_over_training_cells_before_the_first_epoch(lab):
+    states = []
+    model = Centred(SPEC, lab.vocabulary)
+    fit(model, lab.stream(), TRAINING, report=lambda _, snap: states.append(copy.deepcopy(snap())))
+    rows = lab.stream().rows(TRAIN)
+    np.testing.assert_allclose(model.total, lab.cells.dense(rows).mean(axis=0), rtol=1e-5)
+    assert (model.passes, int(model.cells)) == (1, len(rows))
+    resumed = Centred(SPEC, lab.vocabulary)
+    fit(resumed, lab.stream(), TRAINING, state=states[2])
+    assert resumed.passes == 0, "the state holds what came of it"
+    assert same(model, resumed)
+
+
+def test_half_precision_is_for_matrix_products_while_training(lab):
+    found = []
+
+    class Looking(LatentAdditiveNet):
+        def loss(self, batch):
+            found.append(self.decoder(torch.zeros(1, self.decoder[0].in_features)).dtype)
+            return super().loss(batch)
+
+    training = replace(TRAINING, epochs=3)
+    models = []
+    for half, dtype in ((False, torch.float32), (True, torch.bfloat16)):
+        torch.manual_seed(0)
+        found.clear()
+        models.append(Looking(SPEC, lab.vocabulary))
+        done = fit(models[-1], lab.stream(), replace(training, bfloat16=half))
+        assert set(found) == {dtype}
+        assert {p.dtype for p in models[-1].parameters()} == {torch.float32}
+        assert done.history[-1]["train_loss"] < done.history[0]["train_loss"]
+    assert not same(*models)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's compiler
+def test_a_compiled_model_learns_what_it_learns_otherwise(lab):
+    spec, training = replace(SPEC, dropout=0.0), replace(TRAINING, epochs=2)
+    (plain, done), (compiled, again) = (fitted(lab, replace(training, compile=c), spec=spec) for c in (False, True))
+    np.testing.assert_allclose(done.best_loss, again.best_loss, rtol=1e-3)
+    assert plain.state_dict().keys() == compiled.state_dict().keys()
+    for name, part in plain.state_dict().items():
+        torch.testing.assert_close(part, compiled.state_dict()[name], rtol=1e-2, atol=1e-3)
 
 
 @pytest.mark.gpu
