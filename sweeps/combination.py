@@ -10,7 +10,7 @@ import perturbray as pr
 
 SEEDS = range(5)
 BASELINES = ("no_change", "perturbed_mean", "matching_mean", "additive", "linear_plain")
-MODELS = ("linear_additive", "latent_additive", "decoder")
+MODELS = ("linear_additive", "latent_additive", "decoder", "cpa", "cpa_noadv", "sams_vae", "sams_vae_s", "biolord_star")
 # All pairs of 24 perturbations of three pathways; a pair within a pathway does much less than the sum of its singles.
 SCREEN = {
     "contexts": 1,

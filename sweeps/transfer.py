@@ -9,7 +9,18 @@ import perturbray as pr
 
 SEEDS = range(5)
 BASELINES = ("no_change", "perturbed_mean", "perturbed_mean_global", "matching_mean", "mean_shift", "linear_plain")
-MODELS = ("linear_additive", "latent_additive", "decoder", "decoder_cov", "decoder_pert")
+MODELS = (
+    "linear_additive",
+    "latent_additive",
+    "decoder",
+    "decoder_cov",
+    "decoder_pert",
+    "cpa",
+    "cpa_noadv",
+    "sams_vae",
+    "sams_vae_s",
+    "biolord_star",
+)
 
 
 def transfer(dataset: pr.DatasetSpec, models: list[pr.ModelSpec]) -> pr.Sweep:

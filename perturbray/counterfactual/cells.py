@@ -67,7 +67,7 @@ def unpredictable(fitted: Fitted, controls: Controls, asked: Sequence[Asked]) ->
     found = []
     for part in _chunks(asked):
         model, rows = fitted.with_conditions(_coded(fitted, controls, part))
-        found += [pair for pair, row in zip(part, rows, strict=True) if not model.known[row]]
+        found += [pair for pair, row in zip(part, rows, strict=True) if not model.predictable[row]]
     return found
 
 

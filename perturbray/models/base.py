@@ -64,7 +64,7 @@ class Model(nn.Module, ABC):
         self.register_buffer("multi_hot", torch.from_numpy(vocabulary.multi_hot), persistent=False)
         self.register_buffer("one_hot", torch.from_numpy(vocabulary.one_hot), persistent=False)
         # (conditions,) bool: those that the model can predict; of the others a table says that they are unseen.
-        self.known = vocabulary.known
+        self.predictable = vocabulary.known
 
     @abstractmethod
     def predict(self, batch: Batch) -> Tensor:

@@ -18,8 +18,8 @@ from perturbray.data.vocabulary import Vocabulary
 from perturbray.errors import InputError, nearest
 from perturbray.models.base import MODELS, Learning, Model, ModelSpec, Need, StreamingModel, Unseen
 
-MISSING = ("transfer", "zero", "error")
 EVERYTHING: tuple[Unseen, ...] = ("combination", "perturbation", "context")
+MISSING = ("transfer", "zero", "error")
 
 
 class ConditionMeans(StreamingModel):
@@ -69,7 +69,7 @@ class ConditionMeans(StreamingModel):
     def complete(self, measured: Tensor) -> Tensor:
         """(conditions,) whether all singles are known and ``measured``, (contexts, singles) or (singles,)."""
         lacking = self.multi_hot * ~(measured[self.context] if measured.ndim == 2 else measured)
-        return torch.from_numpy(self.known).to(lacking.device) & (lacking.sum(1) == 0)
+        return torch.from_numpy(self.predictable).to(lacking.device) & (lacking.sum(1) == 0)
 
     @abstractmethod
     def profiles(self, means: Tensor, effects: Tensor, control: Tensor) -> Tensor:
@@ -80,7 +80,7 @@ class ConditionMeans(StreamingModel):
 class NoChangeNet(Model):
     def __init__(self, vocabulary: Vocabulary) -> None:
         super().__init__(vocabulary)
-        self.known = np.ones_like(vocabulary.known)
+        self.predictable = np.ones_like(vocabulary.known)
 
     def predict(self, batch: Batch) -> Tensor:
         return batch.control
@@ -102,7 +102,7 @@ class PerturbedMeanNet(ConditionMeans):
     def __init__(self, vocabulary: Vocabulary, *, per_context: bool) -> None:
         super().__init__(vocabulary)
         self.per_context = per_context
-        self.known = np.ones_like(vocabulary.known)  # whatever the perturbation, the answer is the same
+        self.predictable = np.ones_like(vocabulary.known)  # whatever the perturbation, the answer is the same
 
     def profiles(self, means: Tensor, effects: Tensor, control: Tensor) -> Tensor:
         everywhere = means[self.is_train].mean(0)
@@ -187,7 +187,7 @@ class AdditiveNet(ConditionMeans):
         self.spec, self.labels = spec, vocabulary.singles
         self.register_buffer("whole", self.complete(self.alone >= 0), persistent=False)
         if spec.missing == "transfer":
-            self.known = self.complete((self.alone >= 0).any(0)).numpy()
+            self.predictable = self.complete((self.alone >= 0).any(0)).numpy()
 
     def profiles(self, means: Tensor, effects: Tensor, control: Tensor) -> Tensor:
         shift = torch.zeros_like(effects)
@@ -234,7 +234,7 @@ class Additive(ModelSpec):
 class MatchingMeanNet(ConditionMeans):
     def __init__(self, vocabulary: Vocabulary) -> None:
         super().__init__(vocabulary)
-        self.known = self.complete((self.alone >= 0).any(0)).numpy()
+        self.predictable = self.complete((self.alone >= 0).any(0)).numpy()
 
     def profiles(self, means: Tensor, effects: Tensor, control: Tensor) -> Tensor:
         multi_hot = self.multi_hot.to(means.dtype)

@@ -20,7 +20,7 @@ class BioLordStar(ModelSpec):
     """softplus(Dec([Enc(x) + noise; PertEnc(p); one vector a covariate level])), as benchmarked by Wu et al. (arXiv
     2408.10609) after Piran et al. (Nat. Biotechnol. 2024).
 
-    Noise and a penalty keep out of the unknown part, Enc(x), whatever the attributes say. ``published`` is the benchmark's
+    Noise and a penalty keep out of the unknown part, Enc(x), whatever the attributes say. ``as_published`` is the benchmark's
     form: its penalty is a sum over the batch of the covariates' vectors instead, and its noise stays on in
     predictions that are given a generator.
     """
@@ -34,7 +34,7 @@ class BioLordStar(ModelSpec):
     noise: float = 0.1  # standard deviation of what is added to the unknown part
     penalty_weight: float = 10.0  # of the unknown part's squares, a mean over cells
     softplus: bool = True
-    published: bool = False
+    as_published: bool = False
 
     def build(self, vocabulary: Vocabulary) -> "BioLordStarNet":
         return BioLordStarNet(self, vocabulary)
@@ -56,7 +56,7 @@ class BioLordStarNet(GradientModel):
 
     def predict(self, batch: Batch) -> Tensor:
         unknown = self.encoder(batch.control)
-        if self.spec.published and batch.generator is not None:
+        if self.spec.as_published and batch.generator is not None:
             noise = torch.randn(unknown.shape, generator=batch.generator, device=unknown.device)
             unknown = unknown + self.spec.noise * noise
         return self.decode(unknown, batch)
@@ -80,7 +80,7 @@ class BioLordStarNet(GradientModel):
         spec, unknown = self.spec, self.encoder(batch.expression)
         noisy = unknown + spec.noise * torch.randn_like(unknown) if self.training else unknown
         recon = sum_of_squares(self.decode(noisy, batch), batch.expression)
-        if spec.published:
+        if spec.as_published:
             penalty = sum(part.square().sum() for part in self.known_parts(batch))
         else:
             penalty = unknown.square().sum(dim=1).mean()

@@ -73,7 +73,7 @@ class LabelVectorsNet(ConditionMeans):
         self.register_buffer("found", torch.from_numpy(found), persistent=False)  # (names,) bool
         absent = self.member @ torch.from_numpy(~found).double() > 0
         self.register_buffer("absent", absent, persistent=False)  # (conditions,) bool, a single has no vector
-        self.known = ~absent.numpy() if spec.missing == "drop" else np.ones(len(absent), dtype=bool)
+        self.predictable = ~absent.numpy() if spec.missing == "drop" else np.ones(len(absent), dtype=bool)
 
     def _genes(self, names: list[str], vocabulary: Vocabulary) -> tuple[np.ndarray, Tensor]:
         row = {gene: i for i, gene in enumerate(vocabulary.genes)}

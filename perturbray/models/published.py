@@ -126,6 +126,9 @@ class Published(NamedTuple):
     training: dict[str, int | float]  # fields of Training
 
 
+FORMS = {"biolord_star": {"as_published": True}}  # fields that make a model the one whose values these are
+
+
 def published(cls: type[ModelSpec], dataset: str, *, release: str = "2025", variant: str = "") -> Published:
     """The best configuration of a model on a dataset. ``variant="scGPT"``: on embeddings of cells instead of genes.
 
@@ -151,7 +154,7 @@ def published(cls: type[ModelSpec], dataset: str, *, release: str = "2025", vari
         **({"batch_size": BATCH_SIZES[DATASETS[dataset]]} if DATASETS[dataset] in BATCH_SIZES else {}),
     }
     training |= {ours: _typed(ours, values[key]) for key, ours in TRAINING.items() if key in values}
-    return Published(replace(cls(), **model), training)
+    return Published(replace(cls(), **model, **FORMS.get(name, {})), training)
 
 
 def space(cls: type[ModelSpec], kind: str = "small") -> Space:

@@ -121,7 +121,7 @@ class Fitted:
 
     def with_conditions(self, asked: Sequence[tuple[int, tuple[str, ...]]]) -> tuple[Model, np.ndarray]:
         """The model, and the condition code of each asked (context code, singles); it knows them as if the screen had
-        had them, untrained. What it cannot predict is False in ``model.known``."""
+        had them, untrained. What it cannot predict is False in ``model.predictable``."""
         conditions = self.conditions
         code = {
             (int(context), singles): row

@@ -44,7 +44,7 @@ def predict(
     ``training_mean``: that of an earlier prediction from the same stream, which need not be read again.
     """
     model.eval()
-    positions = np.flatnonzero(model.known[truth.rows])
+    positions = np.flatnonzero(model.predictable[truth.rows])
     genes, contexts, linear = len(truth.genes), len(truth.contexts), truth.linear_halves is not None
     halvings = len(truth.control_halves)
     profiles, controls = (_Profiles(n, halvings, genes, linear=linear) for n in (len(positions), contexts))

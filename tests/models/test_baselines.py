@@ -340,7 +340,7 @@ def test_a_fitted_state_serves_conditions_that_come_behind_its_own(spec):
     restored = spec.build(vocabulary(order))
     restored.restore(part.state_dict())
     torch.testing.assert_close(restored.profile, whole.profile, rtol=0, atol=0)
-    assert (restored.known == whole.known).all()
+    assert (restored.predictable == whole.predictable).all()
 
 
 @pytest.mark.parametrize("spec", [NoChange(), PerturbedMean(), PerturbedMeanGlobal()], ids=repr)
@@ -359,4 +359,4 @@ def test_what_says_the_same_of_every_perturbation_says_it_of_unseen_ones(spec):
 def test_a_model_that_knows_perturbations_by_name_leaves_unseen_ones_out():
     lab, _ = screens.noise_free(task=UnseenPerturbation(fraction=0.4))
     for spec in (MeanShift(), Additive(), MatchingMean(), LinearPlain()):
-        assert not spec.build(lab.vocabulary).known[lab.split.condition == TEST].any()
+        assert not spec.build(lab.vocabulary).predictable[lab.split.condition == TEST].any()

@@ -35,7 +35,7 @@ def test_a_cell_with_its_own_attributes_is_its_reconstruction(lab):
 @torch.no_grad()
 def test_the_loss_does_not_depend_on_the_batch_size_and_the_published_one_does(lab):
     for published in (False, True):
-        model = built(lab, replace(SMALL, published=published))
+        model = built(lab, replace(SMALL, as_published=published))
         losses = []
         for size in (32, 64):
             whole = first_batch(lab, 64)
@@ -54,7 +54,7 @@ def test_noise_is_for_training_and_in_the_published_form_for_predictions_too(lab
     batch = first_batch(lab)
     batch = replace(batch, control=batch.expression)
     for published in (False, True):
-        model = built(lab, replace(SMALL, published=published))
+        model = built(lab, replace(SMALL, as_published=published))
         first, second = (model.predict(replace(batch, generator=torch.Generator().manual_seed(s))) for s in (1, 2))
         assert torch.equal(first, second) != published
         assert not torch.equal(model.train().loss(batch), model.loss(batch))
@@ -62,7 +62,7 @@ def test_noise_is_for_training_and_in_the_published_form_for_predictions_too(lab
 
 def test_the_penalty_is_on_the_unknown_part_and_in_the_published_form_on_the_covariates(lab):
     for published in (False, True):
-        model = built(lab, replace(SMALL, published=published))
+        model = built(lab, replace(SMALL, as_published=published))
         model.watched(first_batch(lab))["penalty"].backward()
         gradients = {name.split(".")[0] for name, p in model.named_parameters() if p.grad is not None}
         assert gradients == ({"attributes"} if published else {"encoder"})

@@ -30,7 +30,8 @@ def fitted(request, lab) -> Subject:
 
 @pytest.fixture(scope="module", params=MODELS)
 def thorough(request, clean) -> Subject:
-    return Subject.fit(request.param, spec := screens.default_spec(request.param), clean, **thoroughly(spec))
+    spec = screens.default_spec(request.param)
+    return Subject.fit(request.param, spec, clean, **thoroughly(spec))
 
 
 @pytest.mark.parametrize("law", ANYWHERE)
