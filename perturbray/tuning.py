@@ -265,7 +265,7 @@ def _adapters(course: Course, lines: "_Lines") -> tuple:
             elif "failed" in result:
                 course.end(trial_id, error=result["failed"])
             elif result.get("final"):
-                course.end(trial_id, final=_numbers(result))
+                course.end(trial_id, final=_numbers(result, course.search))
             else:
                 course.end(trial_id)
             lines.ended()
@@ -281,7 +281,8 @@ def _adapters(course: Course, lines: "_Lines") -> tuple:
             if "failed" in result or result.get("final") or trial.trial_id not in course.running:
                 return TrialScheduler.CONTINUE
             seconds = float(result.get("time_total_s", 0.0))
-            stop = course.report(trial.trial_id, epoch=int(result["epoch"]), values=_numbers(result), seconds=seconds)
+            values = _numbers(result, course.search)
+            stop = course.report(trial.trial_id, epoch=int(result["epoch"]), values=values, seconds=seconds)
             return TrialScheduler.STOP if stop else TrialScheduler.CONTINUE
 
     class Clean(Unstored, tune.Callback):
@@ -299,8 +300,15 @@ def _adapters(course: Course, lines: "_Lines") -> tuple:
     return Proposals(), Halt(), Clean()
 
 
-def _numbers(result: dict) -> dict[str, float]:
-    return {name: float(value) for name, value in result.items() if isinstance(value, int | float)}
+def _plain(values: dict[str, float]) -> dict[str, float]:
+    """Names without slashes: a tracker that keeps files would need rmse/average to be one, and a folder for its rank."""
+    return {name.replace("/", "."): value for name, value in values.items()}
+
+
+def _numbers(result: dict, search: Search) -> dict[str, float]:
+    """What a trial said, by the names of metrics."""
+    names = {metric.name.replace("/", "."): metric.name for metric in search.objective.metrics}
+    return {names.get(name, name): float(value) for name, value in result.items() if isinstance(value, int | float)}
 
 
 def trackers(names: Iterable[str], course: Course) -> list:
@@ -340,7 +348,7 @@ def train(config: dict, *, setting: Setting) -> None:
                 setting.blocks.cells(),
                 setting.conditions,
                 truth=judge.truth,
-                report=checkpoints.report,
+                report=lambda values, snapshot: checkpoints.report(_plain(values), snapshot),
                 state=checkpoints.restore(),
                 windows=setting.windows,
                 judge=judge,
@@ -351,7 +359,7 @@ def train(config: dict, *, setting: Setting) -> None:
         # Told and not raised: Tune would run it again, and an error of the trial itself would come again.
         tune.report({"failed": reason(error)})
         return
-    tune.report({"final": True, "epochs": outcome.fit.epochs, **final})
+    tune.report({"final": True, "epochs": outcome.fit.epochs, **_plain(final)})
 
 
 @contextmanager

@@ -199,3 +199,15 @@ def test_room_is_shared_by_fractions_of_a_gpu():
     assert tuning.Room.of(asked, cluster, 2**40) == tuning.Room(at_once=8, cpus=1.0, gpus=0.25, memory=0)
     limited = search(Path("x"), gpus=0.25, at_once=0, samples=60, trial_memory_gb=16)
     assert tuning.Room.of(limited, cluster, 64 * 2**30).at_once == 4
+
+
+def test_mlflow_records_every_trial_with_its_values_and_its_objective(ray_session, small_screen, tmp_path, monkeypatch):
+    mlflow = pytest.importorskip("mlflow", reason="the extra mlflow is not installed")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")  # a database needs more than mlflow-skinny
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", (tmp_path / "runs").as_uri())
+    asked = search(small_screen, samples=2, epochs=2)
+    tuning.tune(sweep(asked), tmp_path / "out", track=("mlflow",))
+    (experiment,) = [e for e in mlflow.search_experiments() if e.name != "Default"]
+    runs = mlflow.search_runs([experiment.experiment_id], output_format="list")
+    found = {(run.data.params["values/model.width"], run.data.metrics["objective"]) for run in runs}
+    assert found == {(str(r["values"]["model.width"]), r["objective"]) for r in told(tmp_path / "out")}
