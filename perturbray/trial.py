@@ -205,7 +205,7 @@ def run(
 
         def judged(model: Model) -> dict[str, float]:
             nonlocal mean
-            found = predict(model, stream, vocabulary, truth, training_mean=mean)
+            found = predict(model, stream, truth, training_mean=mean)
             mean = found.training_mean
             return judge(found)
 
@@ -219,7 +219,7 @@ def run(
             every=every,
         )
         fitted = time.perf_counter()
-        predicted = predict(model, stream, vocabulary, truth, sample=sample, keep=keep, training_mean=mean)
+        predicted = predict(model, stream, truth, sample=sample, keep=keep, training_mean=mean)
     if not len(predicted.rows):
         raise InputError(f"{trial.name}: no test condition is left to predict; the split holds out too little")
     columns = {

@@ -192,6 +192,6 @@ def default_spec(name: str) -> ModelSpec:
 def predicted(model: Model, stream: BatchStream, vocabulary: Vocabulary, *, subset: int = TEST):
     """What a fitted model predicts for a subset, the codes of its conditions, and of those that training never showed."""
     truth = observe(stream.cells, stream.conditions, stream.split, subset=subset)
-    found = predict(model, stream, vocabulary, truth)
+    found = predict(model, stream, truth)
     unseen = np.setdiff1d(truth.rows, truth.rows[found.rows])
     return assemble(truth, found, stream.split.stratum[truth.rows]), truth.rows[found.rows], unseen

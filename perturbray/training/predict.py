@@ -13,7 +13,6 @@ from torch import Tensor
 from perturbray.data.batches import Batch, BatchStream
 from perturbray.data.splits import TRAIN
 from perturbray.data.truth import CELLS_SEED
-from perturbray.data.vocabulary import Vocabulary
 from perturbray.models.base import Model
 from perturbray.prediction import Here, LazyCells, Predicted, Pseudobulk, Slice, Truth
 from perturbray.randomness import derive, generator
@@ -28,7 +27,6 @@ Keep = Callable[[np.ndarray], Callable[[], np.ndarray]]
 def predict(
     model: Model,
     stream: BatchStream,
-    vocabulary: Vocabulary,
     truth: Truth,
     *,
     sample: int = 0,

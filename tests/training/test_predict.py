@@ -44,7 +44,7 @@ def truth_of(lab, **options):
 
 def predicted(lab, kind=Shifting, *, truth=None, sample=4, **options):
     model = kind(lab.vocabulary)
-    return predict(model, lab.stream(), lab.vocabulary, truth or truth_of(lab), sample=sample, **options)
+    return predict(model, lab.stream(), truth or truth_of(lab), sample=sample, **options)
 
 
 def test_means_are_those_of_all_predicted_cells(lab):
