@@ -51,11 +51,10 @@ def cells_at(rows, depth: float) -> Cells:
 
 
 def predicted(spec, conditions, cells, split, truth):
-    vocabulary = Vocabulary.of(conditions, split)
     stream = BatchStream(cells, conditions, split, batch_size=1024, seed=0, mode=spec.mode)
-    model = spec.build(vocabulary)
+    model = spec.build(Vocabulary.of(conditions, split))
     fit(model, stream, Training())
-    return scoring.assemble(truth, predict(model, stream, vocabulary, truth), split.stratum[truth.rows])
+    return scoring.assemble(truth, predict(model, stream, truth), split.stratum[truth.rows])
 
 
 @pytest.mark.parametrize("depth", EXPECTED)

@@ -139,7 +139,7 @@ def test_a_perturbation_that_training_never_showed_has_rows_without_a_value(scre
     gone = (conditions.perturbation == tested[0]) & (split.condition != TEST)
     lost = replace(split, condition=np.where(gone, 0, split.condition).astype(np.int8))
     lost = replace(lost, cell=np.where(gone[conditions.cell_condition], 0, split.cell).astype(np.int8))
-    trial = replace(trial, split=Fixed(lost))
+    trial = replace(trial, ablation=Fixed(lost))  # what an ablation takes away has a status; a split may not
     rows = rows_of(trial, conditions, cells, source="split")
     here = rows["perturbation"] == tested[0]
     assert set(rows["status"][here]) == {"unseen_perturbation"}
@@ -147,13 +147,13 @@ def test_a_perturbation_that_training_never_showed_has_rows_without_a_value(scre
     assert not np.isnan(rows["value"][~here]).any()
 
 
-class Fixed(pr.SplitSpec):
+class Fixed(pr.AblationSpec):
     """A split made by hand."""
 
     def __init__(self, split) -> None:
         self._split = split
 
-    def split(self, conditions):
+    def apply(self, conditions, task, *, seed):
         return self._split
 
 
@@ -312,7 +312,7 @@ def test_what_depends_on_observed_cells_alone_is_computed_for_the_first_trial_on
     known = set(distribution._REMEMBERED), set(cell_metrics._TABLES)
     assert min(map(len, known)) > 0
     within, calls = distribution.within, []
-    monkeypatch.setattr(distribution, "within", lambda x, kernel: calls.append(len(x)) or within(x, kernel))
+    monkeypatch.setattr(distribution, "within", lambda x, *rest: calls.append(len(x)) or within(x, *rest))
     _, outcome = scored(sampled, pr.NoChange(), metrics)
     assert (set(distribution._REMEMBERED), set(cell_metrics._TABLES)) == known
     conditions = len(outcome.predicted.rows)
