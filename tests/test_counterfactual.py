@@ -339,6 +339,10 @@ def test_a_ranking_that_cannot_be_made_says_why(lab, screen):
     with pytest.raises(InputError, match="did you mean 'deviation'"):
         rank([one], controls, by="deviaton")
     other = replace(one, conditions=replace(one.conditions, genes=one.conditions.genes[::-1]), path="b.pt")
+    with pytest.raises(
+        InputError, match=r"b\.pt: this is a .*LatentAdditive.*, and a\.pt a .*NoChange.*differ in their seed"
+    ):
+        rank([one, replace(one, spec=LatentAdditive(), path="b.pt")], controls)
     with pytest.raises(InputError, match=r"b\.pt: it was fitted on other genes or contexts than a\.pt"):
         rank([one, other], controls)
 

@@ -57,6 +57,11 @@ def rank(
         raise InputError(f"ranking by {by!r}: {why}")
     first = fitted[0]
     for other in fitted[1:]:
+        if other.spec != first.spec:
+            raise InputError(
+                f"{other.path}: this is a {_model(other)}, and {first.path} a {_model(first)}; give fits of one model that "
+                "differ in their seed"
+            )
         if other.conditions.genes != first.conditions.genes or other.conditions.contexts != first.conditions.contexts:
             raise InputError(f"{other.path}: it was fitted on other genes or contexts than {first.path}")
     asked, parts = _pairs(fitted, controls, kind)
@@ -83,6 +88,10 @@ def rank(
     table = pd.DataFrame(rows)
     descending = by != "spread"
     return table.sort_values(by, ascending=not descending, kind="stable", ignore_index=True)
+
+
+def _model(fitted: Fitted) -> str:
+    return f"{fitted.name or type(fitted.spec).__name__} ({fitted.spec})"
 
 
 def _pairs(fitted: Sequence[Fitted], controls: Controls, kind: str) -> tuple[list[Asked], dict[Asked, list[Asked]]]:
