@@ -115,7 +115,7 @@ def test_a_sweep_gives_the_numbers_of_its_trials_run_without_ray(finished):
     key, trial = next((k, t) for k, t in plan.trials.items() if isinstance(t.model, pr.LatentAdditive))
     conditions = plan.conditions[trial.dataset]
     cells = store.ingest(trial.dataset, conditions).cells()
-    with engine._one_thread():
+    with engine.one_thread():
         outcome = run_here(trial, cells, conditions)
     values, _ = small.METRICS[0].evaluate(outcome.prediction)
     found = table.read(folder, keys=[key])
