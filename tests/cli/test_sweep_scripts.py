@@ -25,7 +25,7 @@ def test_a_script_plans_on_its_own_screen(command, monkeypatch, path):
     ended = command("--dry-run", "--smoke", entry=script(path))
     assert (ended.code, ended.err) == (0, "")
     keys = re.findall(r"^  ([0-9a-f]{16})  ", ended.out, re.MULTILINE)
-    assert len(set(keys)) == len(keys) > 5
+    assert len(set(keys)) == len(keys) > 3  # three baselines and a model
     assert sys.argv[0].endswith(".py")
 
 
