@@ -70,7 +70,8 @@ class Command:
         with log:
             return subprocess.Popen(
                 [sys.executable, str(ROOT / "sweeps" / "imbalance.py"), *map(str, words)],
-                env={**os.environ, "PYTHONPATH": str(ROOT)},
+                # A cache of its own, so that its first run reads the screen.
+                env={**os.environ, "PYTHONPATH": str(ROOT), "PERTURBRAY_CACHE": str(self.results.parent / "cache")},
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
