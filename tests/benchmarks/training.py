@@ -31,7 +31,7 @@ def main() -> None:
         for part in flags.only:
             print(part, flush=True)
             task = {"path": path, "model": part, "batch_size": 256, "epochs": 1 if flags.quick else 5}
-            contestants = {name: Contestant("epochs.py", name, **task) for name in ("ours", "plain")}
+            contestants = {name: Contestant("epochs.py", name, cache=folder, **task) for name in ("ours", "plain")}
             costs = race(contestants, rounds=1 if flags.quick else flags.rounds)
             report.costs(part, costs)
             for name, cost in costs.items():

@@ -8,9 +8,9 @@ from torch import nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
 
-from perturbray.data import matrix
-from perturbray.data.batches import BatchStream, Cells
-from perturbray.data.dataset import DatasetSpec, open_h5ad
+from perturbray.data import store
+from perturbray.data.batches import BatchStream
+from perturbray.data.dataset import DatasetSpec
 from perturbray.data.splits import TRAIN, VAL, CovariateTransfer
 from perturbray.data.vocabulary import Vocabulary
 from perturbray.models.latent_additive import LatentAdditive
@@ -23,21 +23,17 @@ SPECS = {"linear": LinearAdditive(), "latent": LatentAdditive(**WIDTHS)}
 
 
 def _screen(path):
-    """The normalised rows of a file as CSR, its conditions and a split."""
+    """The cells of a file, its conditions and a split."""
     torch.set_num_threads(1)
     spec = DatasetSpec(path=str(path))
     conditions = spec.conditions()
-    facts = matrix.scan(spec, cell_names=conditions.cell_names, genes=conditions.genes)
-    with open_h5ad(spec.path) as file:
-        rows = matrix.read_rows(file, spec, 0, len(conditions.cell_condition))
-    totals = np.asarray(rows.sum(axis=1, dtype=np.float64)).ravel()
-    rows.data = matrix.decide(spec, facts).apply(rows.data, np.diff(rows.indptr), totals)
-    return rows, conditions, CovariateTransfer().split(conditions)
+    cells = store.ingest(spec, conditions).cells()
+    return cells, conditions, CovariateTransfer().split(conditions)
 
 
 def ours(path, model, batch_size, epochs):
-    rows, conditions, split = _screen(path)
-    vocabulary, spec, cells = Vocabulary.of(conditions, split), SPECS[model], Cells([rows])
+    cells, conditions, split = _screen(path)
+    vocabulary, spec = Vocabulary.of(conditions, split), SPECS[model]
     training = Training(epochs=epochs, batch_size=batch_size, lr=1e-3, patience=epochs)
 
     def run():
@@ -103,7 +99,8 @@ class PlainLatent(nn.Module):
 
 
 def plain(path, model, batch_size, epochs):
-    rows, conditions, split = _screen(path)
+    cells, conditions, split = _screen(path)
+    rows = cells.select(np.arange(len(cells)))
     vocabulary = Vocabulary.of(conditions, split)
     sizes = len(vocabulary.genes), len(vocabulary.perturbations), vocabulary.one_hot.shape[1]
 
