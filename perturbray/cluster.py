@@ -17,6 +17,7 @@ from perturbray.errors import InputError
 
 SCORER_CPUS = 0.2  # scoring pseudobulks takes milliseconds a trial
 CPUS_A_SCORER = 8
+FREED_OFTEN = "RAY_free_objects_period_milliseconds", "100"  # Ray's own second holds windows that are done with
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,7 @@ def connect(address: str | None = None) -> Iterator[Cluster]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault(*FREED_OFTEN)
     os.environ.setdefault("TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S", "0")
     import ray
 

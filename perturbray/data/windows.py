@@ -7,6 +7,7 @@ in the object store at once is bounded by ``memory``, whatever the number of cel
 
 import logging
 import math
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -18,6 +19,7 @@ import ray
 from ray.data.block import BlockMetadata
 from ray.data.datasource import Datasource, ReadTask
 
+from perturbray.cluster import FREED_OFTEN
 from perturbray.data import gather
 from perturbray.data.rows import Rows, index_type
 from perturbray.data.store import Store
@@ -129,9 +131,11 @@ class Windows:
     @property
     def limit_mb(self) -> float:
         """What an epoch may take of the object store."""
+        if self.memory_mb:
+            return self.memory_mb
         start_ray()
         room = ray.cluster_resources().get("object_store_memory", 1e12) / 1e6
-        return self.memory_mb or min(MEMORY_MB, room / 2 / self.at_once)
+        return min(MEMORY_MB, room / 2 / self.at_once)
 
     @property
     def _window_mb(self) -> float:
@@ -139,6 +143,7 @@ class Windows:
 
     def _stream(self, parts: list[np.ndarray]) -> Iterator[Rows]:
         """The rows of each part, in order. Raises RuntimeError where what came is not what was asked for."""
+        start_ray()
         logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # a line an execution otherwise
         context = ray.data.DataContext.get_current().copy()
         context.enable_progress_bars = False
@@ -154,17 +159,21 @@ class Windows:
                 num_cpus=0,
             )
             blocks = iter(windows.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=AHEAD))
-        for asked in parts:
-            block = next(blocks)
-            if not np.array_equal(block["row"].to_numpy(), asked):
-                raise RuntimeError(f"the window that begins with row {asked[0]} came as another")
-            yield _rows(block, self.store.genes)
-            del block  # and with it its place in the object store, before the next is waited for
+        try:
+            for asked in parts:
+                block = next(blocks)
+                if not np.array_equal(block["row"].to_numpy(), asked):
+                    raise RuntimeError(f"the window that begins with row {asked[0]} came as another")
+                yield _rows(block, self.store.genes)
+                del block  # and with it its place in the object store, before the next is waited for
+        finally:
+            blocks.close()  # an epoch that is left early leaves no windows behind
 
 
 def start_ray() -> None:
     """A Ray of this process's own, where there is none."""
     if not ray.is_initialized():
+        os.environ.setdefault(*FREED_OFTEN)
         ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level="ERROR")
 
 
