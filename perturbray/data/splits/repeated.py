@@ -58,22 +58,24 @@ def equal_folds(left: np.ndarray, right: np.ndarray, folds: int, rng: np.random.
     That there is one for every set of pairs is de Werra's theorem (equitable edge colouring of bipartite graphs); it is
     found by balancing two folds at a time. (pairs,) int64.
     """
+    # Which pairs meet in a fold depends on the order in which they are walked through, so codes and pairs are shuffled.
+    order = rng.permutation(len(left))
+    ends = rng.permutation(left.max() + 1)[left[order]], left.max() + 1 + rng.permutation(right.max() + 1)[right[order]]
     fold = rng.permutation(np.arange(len(left)) % folds)
-    right = right + left.max() + 1
-    tables = [np.zeros((right.max() + 1, folds), dtype=int)]
-    for vertex in (left, right):
-        np.add.at(tables[0], (vertex, fold), 1)
-    table = tables[0]
+    table = np.zeros((left.max() + right.max() + 2, folds), dtype=int)
+    for vertex in ends:
+        np.add.at(table, (vertex, fold), 1)
     while (table.max(axis=1) - table.min(axis=1)).max() > 1:
         vertex = int(np.argmax(table.max(axis=1) - table.min(axis=1)))
         one, two = int(table[vertex].argmax()), int(table[vertex].argmin())
         pairs = np.flatnonzero((fold == one) | (fold == two))
-        first = _alternate(left[pairs], right[pairs])
-        fold[pairs] = np.where(first, one, two)
+        fold[pairs] = np.where(_alternate(ends[0][pairs], ends[1][pairs]), one, two)
         table[:, [one, two]] = 0
-        for ends in (left[pairs], right[pairs]):
-            np.add.at(table, (ends, fold[pairs]), 1)
-    return fold
+        for vertices in ends:
+            np.add.at(table, (vertices[pairs], fold[pairs]), 1)
+    found = np.empty_like(fold)
+    found[order] = fold
+    return found
 
 
 def _alternate(left: np.ndarray, right: np.ndarray) -> np.ndarray:
