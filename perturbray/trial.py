@@ -18,7 +18,7 @@ import torch
 from perturbray.data.ablations import ABLATIONS, AblationSpec
 from perturbray.data.batches import BatchStream, Cells
 from perturbray.data.dataset import Conditions, DatasetSpec
-from perturbray.data.splits import SPLITS, TEST, TRAIN, VAL, CovariateTransfer, Split, SplitSpec
+from perturbray.data.splits import SPLITS, TEST, TRAIN, VAL, CovariateTransfer, Split, SplitSpec, checked
 from perturbray.data.truth import observe
 from perturbray.data.vocabulary import Vocabulary
 from perturbray.errors import InputError, nearest
@@ -132,7 +132,8 @@ class Trial:
         """The split with the ablation applied."""
         if self.ablation is None:
             return self.split.split(conditions)
-        return self.ablation.apply(conditions, self.split, seed=self.seed)
+        split = self.ablation.apply(conditions, self.split, seed=self.seed)
+        return checked(conditions, split, apart=self.split.apart, name=ABLATIONS.name_of(self.ablation))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -350,10 +350,12 @@ class Without(SplitSpec):
 
     labels: tuple[str, ...]
 
-    def split(self, conditions):
+    def draw(self, conditions):
         split = CovariateTransfer().split(conditions)
         held = np.isin(conditions.perturbation, self.labels)
-        return replace(split, condition=np.where(held, TEST, split.condition).astype(np.int8))
+        condition = np.where(held, TEST, split.condition).astype(np.int8)
+        cell = np.where(held[conditions.cell_condition], TEST, split.cell).astype(np.int8)
+        return replace(split, condition=condition, cell=cell)
 
 
 def test_a_model_is_refused_a_task_with_perturbations_that_it_cannot_know(screen):
