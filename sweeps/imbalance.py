@@ -56,7 +56,9 @@ def imbalance(
     fixed = pr.Imbalance(highest=max(LEVELS), fixed=not free_total, rotate=not free_total)
     levels = [replace(fixed, level=level) for level in LEVELS]
     if published:
-        levels = [pr.PublishedImbalance(level=level, counts=n) for level, n in pr.PublishedImbalance.LEVELS.items()]
+        levels = [
+            pr.PublishedImbalance(level=v, counts=n) for v, n in zip(LEVELS, pr.PublishedImbalance.LEVELS, strict=True)
+        ]
     turns = 1 if published or free_total else len(pr.conditions(dataset).contexts)
     baselines = [pr.MODELS[name]() for name in BASELINES]
     trials = [

@@ -398,10 +398,8 @@ def test_neither_the_order_of_cells_nor_the_hash_seed_changes_what_is_kept():
 
 
 def test_published_triples_drop_and_then_split_so_that_the_test_set_shrinks(screen):
-    assert tuple(PublishedImbalance.LEVELS) == LEVELS
-    triples = PublishedImbalance.LEVELS.values()
-    splits = [PublishedImbalance(counts=counts).apply(screen, TASK, seed=0) for counts in triples]
-    for counts, split in zip(triples, splits, strict=True):
+    splits = [PublishedImbalance(counts=counts).apply(screen, TASK, seed=0) for counts in PublishedImbalance.LEVELS]
+    for counts, split in zip(PublishedImbalance.LEVELS, splits, strict=True):
         used = [(split.condition != UNUSED) & ~screen.is_control & (screen.context == c) for c in (1, 0, 2)]
         assert tuple(int(rows.sum()) for rows in used) == counts
         assert split.record["imbalance"] == imbalance(np.array(counts))

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from types import MappingProxyType
 
 import numpy as np
 
@@ -104,10 +103,6 @@ class Imbalance(AblationSpec):
     rotate: bool = False  # the seed decides which context comes first
     tolerance: float = 0.02  # by which the measured imbalance may miss the level
 
-    def __post_init__(self) -> None:
-        if self.total and not self.fixed:
-            raise InputError(f"ablation.total={self.total}: without ablation.fixed=true the total falls with the level")
-
     def apply(self, conditions: Conditions, task: SplitSpec, *, seed: int) -> Split:
         split = task.split(conditions)
         train = (split.condition == TRAIN) & ~conditions.is_control
@@ -159,6 +154,8 @@ class Imbalance(AblationSpec):
     def _options(self, *, base: int, contexts: int) -> tuple[np.ndarray, np.ndarray]:
         if contexts < 2:
             raise InputError("imbalance needs at least two contexts; give --covariate-keys a column with two values")
+        if self.total and not self.fixed:
+            raise InputError(f"ablation.total={self.total}: without ablation.fixed=true the total falls with the level")
         total = self._total(base=base, contexts=contexts) if self.fixed else None
         return options(base, contexts=contexts, minimum=min(self.minimum, base), total=total)
 
@@ -218,7 +215,7 @@ class PublishedImbalance(AblationSpec):
     counts: tuple[int, ...] = (188, 188, 188)  # perturbations kept in each context, in the order of ``order``
     order: tuple[str, ...] = ()  # contexts from large to small; default: by cells, then name
 
-    LEVELS = MappingProxyType({0.0: (188, 188, 188), 0.1: (188, 117, 50), 0.2: (188, 81, 30), 0.3: (188, 30, 30)})
+    LEVELS = ((188, 188, 188), (188, 117, 50), (188, 81, 30), (188, 30, 30))
 
     @property
     def shown(self) -> str:
