@@ -10,7 +10,7 @@ import perturbray as pr
 
 BASELINES = ("no_change", "perturbed_mean", "mean_shift")
 MODELS = ("linear_additive", "latent_additive", "decoder", "decoder_cov", "decoder_pert")
-SCREEN = {"contexts": 10, "perturbations": 50, "combinations": 0, "genes": 200, "cells": 15, "controls": 80}
+SCREEN = {"contexts": 8, "perturbations": 150, "combinations": 0, "genes": 200, "cells": 10, "controls": 80}
 OPTIONS = {
     "axis": ("contexts", "what there is more of: contexts, perturbations or cells"),
     "levels": (
