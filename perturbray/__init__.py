@@ -7,7 +7,15 @@ import importlib
 
 _PUBLIC = {
     "perturbray.cli": ["main"],
-    "perturbray.data.ablations": ["ABLATIONS", "AblationSpec", "Imbalance", "PublishedImbalance"],
+    "perturbray.data.ablations": [
+        "ABLATIONS",
+        "AblationSpec",
+        "DataScaling",
+        "Imbalance",
+        "PublishedImbalance",
+    ],
+    "perturbray.data.ablations.imbalance": ["replicates"],
+    "perturbray.data.ablations.scaling": ["levels"],
     "perturbray.data.batches": ["Batch", "BatchStream", "Cells", "Sampling"],
     "perturbray.data.dataset": ["Conditions", "DatasetSpec"],
     "perturbray.data.loading": ["load"],
@@ -29,6 +37,7 @@ _PUBLIC = {
         "repeats",
         "rotation",
     ],
+    "perturbray.data.store": ["conditions"],
     "perturbray.data.vocabulary": ["Vocabulary"],
     "perturbray.engine": ["run_sweep"],
     "perturbray.errors": ["InputError"],
@@ -55,7 +64,7 @@ _PUBLIC = {
     "perturbray.running": ["run"],
     "perturbray.search": ["Halving", "Objective", "Search", "Tuned", "searches"],
     "perturbray.space": ["Choice", "IntLogUniform", "LogUniform", "QUniform", "Uniform", "When"],
-    "perturbray.sweep": ["Sweep", "grid"],
+    "perturbray.sweep": ["Sweep", "balanced", "grid"],
     "perturbray.training.fit": ["Training"],
     "perturbray.trial": ["Trial"],
 }

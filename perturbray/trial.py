@@ -48,8 +48,7 @@ class Trial:
         """For people: the model, what was taken away, the seed."""
         parts = [MODELS.name_of(self.model) + (f" ({self.variant})" if self.variant else "")]
         if self.ablation is not None:
-            level = getattr(self.ablation, "level", getattr(self.ablation, "counts", ""))
-            parts.append(f"{ABLATIONS.name_of(self.ablation)} {level}")
+            parts.append(f"{ABLATIONS.name_of(self.ablation)} {self.ablation.shown}".rstrip())
         return ", ".join([*parts, f"seed {self.seed}"])
 
     def key(self, fingerprint: str, *, judged: Sequence[str] = ()) -> str:
