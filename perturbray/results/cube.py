@@ -30,6 +30,7 @@ class Cube:
     undefined: np.ndarray  # (columns,) conditions that the truth leaves undefined
     context: np.ndarray  # (conditions,) codes
     perturbation: np.ndarray  # (conditions,) codes
+    names: np.ndarray  # (conditions,) str, "A549 · aspirin"
     means: np.ndarray  # (columns,) macro means
     draws: np.ndarray  # (resamples, columns) macro means of samples of the conditions
     trials: np.ndarray  # (seeds, columns) macro means of trials, NaN where there is none
@@ -73,6 +74,7 @@ class Cube:
             undefined=(count(undefined) > 0).sum(axis=0),
             context=context,
             perturbation=perturbation,
+            names=_names(rows, unit),
             means=np.where(columns["failed"] > 0, np.nan, intervals.macro(values, context)),
             draws=intervals.resampled(values, context=context, perturbation=perturbation, **bootstrap),
             trials=trained,
@@ -208,6 +210,14 @@ def conditions_of(rows: pd.DataFrame) -> tuple[np.ndarray, np.ndarray, np.ndarra
     pair = context * (perturbation.max() + 1) + perturbation
     first, unit = np.unique(pair, return_index=True, return_inverse=True)[1:]
     return unit, context[first], perturbation[first]
+
+
+def _names(rows: pd.DataFrame, unit: np.ndarray) -> np.ndarray:
+    """Covariates and perturbation of each condition, (conditions,)."""
+    first = rows.iloc[np.unique(unit, return_index=True)[1]]
+    columns = [*[name for name in rows.columns if name.startswith("covariate.")], "perturbation"]
+    parts = [first[name].astype(str).to_numpy() for name in columns]
+    return np.array([" · ".join(part) for part in zip(*parts, strict=True)], dtype=object)
 
 
 def _absent(rows: pd.DataFrame, *, unit: np.ndarray, column: np.ndarray, columns: int) -> np.ndarray:

@@ -37,7 +37,9 @@ class Summary:
     anchors: Anchors  # floor, ceiling and scaled scores of the common conditions
     controls: dict  # where effects take their control cells from: source, and the cells that say what it means
     cube: Cube | None = None  # the common conditions, for what compares columns in ways of its own
-    half_rows: pd.DataFrame | None = None  # at the base level against half of the cells, replicates too; None: no anchors
+    half_rows: pd.DataFrame | None = (
+        None  # at the base level against half of the cells, replicates too; None: no anchors
+    )
 
     @property
     def headline(self) -> list[str]:
@@ -189,7 +191,7 @@ CHANGES = ["metric", "series", "from_level", "to_level", "change", "low", "high"
 
 def _against_halves(rows: pd.DataFrame, anchors: pd.DataFrame, summary: Summary) -> pd.DataFrame | None:
     """Rows of the base level with ``value_half`` as their value, and below them the replicate as one more series."""
-    if rows.empty or "value_half" not in rows or ("dataset" in rows and rows["dataset"].nunique() > 1):
+    if rows.empty or "value_half" not in rows or ("dataset" in rows and len(rows["dataset"].unique()) > 1):
         return None  # of several datasets, anchors do not say of which they are
     rows = rows[(rows["level"] == summary.base) & (rows["value_half"].notna() | rows["value"].isna())]
     covariates = [name for name in rows if name.startswith("covariate.") and name in anchors]

@@ -20,6 +20,7 @@ class Cell:
     mean: str
     sd: str  # over seeds; "" with one seed
     place: str  # "1", or "2=" in a tie group
+    letters: str  # shared with series that it cannot be told from
     difference: str  # to the reference; "" for the reference itself
     interval: str
     verdict: str  # better, worse, tie or ""
@@ -96,6 +97,7 @@ def _cell(row: dict, digits: int) -> Cell:
         mean=number(row["mean"], digits),
         sd="" if np.isnan(row["sd_seeds"]) else _spread(row["sd_seeds"], digits),
         place="" if pd.isna(row["place"]) else f"{int(row['place'])}{'=' if row['tied'] else ''}",
+        letters=row["letters"] if isinstance(row["letters"], str) else "",
         difference=number(row["difference"], digits, sign=True) if compared else "",
         interval=interval(row["difference_low"], row["difference_high"], digits) if compared else "",
         verdict=row["verdict"] if compared else "",
@@ -148,7 +150,8 @@ def _best(summary: Summary, level: object, metric: str) -> str:
     if models.empty:
         return ""
     best = models.iloc[0]
-    tied = list(models["series"][1:][models["place"].iloc[1:] == best["place"]])
+    rest = models.iloc[1:]
+    tied = list(rest.loc[[bool(set(letters) & set(best["letters"])) for letters in rest["letters"]], "series"])
     open_to = f" (not told apart from {listed(tied)})" if tied else ""
     mean = number(best["mean"], digits)
     by = f"is {mean}, by {best['series']}{open_to}"

@@ -10,6 +10,10 @@ import numpy as np
 import pandas as pd
 
 COSINE, RANK = "cosine/logfc_logmean", "rmse/average/rank"
+METRICS = [
+    {"name": COSINE, "higher_is_better": True, "best": 1.0, "chance": 0.0},
+    {"name": RANK, "higher_is_better": False, "best": 0.0, "chance": 0.5},
+]
 
 
 def rows(
@@ -22,7 +26,7 @@ def rows(
     perturbations: int = 20,
     condition: float = 0.2,
     own: float = 0.04,
-    trial: float = 0.01,
+    trial: float | Mapping[str, float] = 0.01,
     noise: float = 0.03,
     axis: str = "imbalance",
     x: Mapping[float, float] | None = None,
@@ -38,10 +42,11 @@ def rows(
     names = np.array([f"drug{number:03d}" for number in range(perturbations)])
     parts = []
     for series, by_level in quality.items():
+        spread = trial.get(series, 0.01) if isinstance(trial, Mapping) else trial
         mine = own * rng.normal(size=shape)  # what is hard for this model alone
         for level, value in (by_level if isinstance(by_level, Mapping) else {0.0: by_level}).items():
             for number in range(seeds):
-                score = value + hard + mine + trial * rng.normal() + noise * rng.normal(size=shape)
+                score = value + hard + mine + spread * rng.normal() + noise * rng.normal(size=shape)
                 facts = {"model": series, **(models or {}).get(series, {}), **columns}
                 parts.append(
                     pd.DataFrame(
@@ -61,5 +66,5 @@ def plan(*metrics: str, x: str = "", **entries: object) -> dict:
     """A plan whose metrics are the headline."""
     return {
         **{"name": "test", "x": x, "headline": list(metrics or (COSINE,)), "trials": []},
-        **{"baselines": ["no_change", "perturbed_mean", "additive"], "metrics": [], **entries},
+        **{"baselines": ["no_change", "perturbed_mean", "additive"], "metrics": METRICS, **entries},
     }

@@ -74,10 +74,8 @@ LEVEL = Form(above="of {0} is {size}", below="of {0} is {size}", neither="of {0}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Test:
+class Finding:
     """What was found by one metric: all estimates must lie in the region."""
-
-    __test__ = False  # pytest
 
     lead: str  # "From imbalance 0.00 to 0.30 the cosine"
     form: Form
@@ -114,13 +112,13 @@ class Claim:
     source: str
     needs: tuple[Need, ...]
     by: Callable[[Scale], bool]  # the metrics that it is about
-    test: Callable[[Evidence, Scale], Test | None]
+    test: Callable[[Evidence, Scale], Finding | None]
 
     def lacks(self, evidence: Evidence) -> list[str]:
         """What it needs and the sweep does not have."""
         return [need.text for need in self.needs if not need.met(evidence)]
 
-    def tested(self, evidence: Evidence) -> dict[str, Test]:
+    def judged(self, evidence: Evidence) -> dict[str, Finding]:
         """By metric; empty where something is lacking."""
         if self.lacks(evidence):
             return {}
@@ -129,10 +127,10 @@ class Claim:
         return {name: test for name, test in found.items() if test is not None and test.estimates}
 
 
-def tested(summary: Summary, claims: Sequence[Claim]) -> dict[Claim, dict[str, Test]]:
+def judged(summary: Summary, claims: Sequence[Claim]) -> dict[Claim, dict[str, Finding]]:
     """The claims that a sweep tests, with what it found by each metric."""
     if summary.cube is None:
         return {}
     evidence = Evidence.of(summary)
-    found = {claim: claim.tested(evidence) for claim in claims}
+    found = {claim: claim.judged(evidence) for claim in claims}
     return {claim: tests for claim, tests in found.items() if tests}

@@ -47,7 +47,9 @@ class Evidence:
         found = summary.trials.drop_duplicates("series").copy()
         place = {series: number for number, series in enumerate(summary.series)}
         text = {name: found[name].astype(object) if name in found else "" for name in ("variant", "model.embedding")}
-        found = found.assign(variant=text["variant"], embedding=text["model.embedding"], place=found["series"].map(place))
+        found = found.assign(
+            variant=text["variant"], embedding=text["model.embedding"], place=found["series"].map(place)
+        )
         found["variant"] = found["variant"].where(found["variant"].map(lambda one: isinstance(one, str)), "")
         found["embedding"] = found["embedding"].where(found["embedding"].map(lambda one: isinstance(one, str)), "")
         found["order"] = found["variant"].map({"tuned": 0, "": 1}).fillna(2)
@@ -113,7 +115,9 @@ class Evidence:
         low, high = np.where(none, np.nan, value - half), np.where(none, np.nan, value + half)
         seeds = int(cube.seeds[places].min())
         return [
-            Estimate(subjects=who, value=float(v), low=float(a), high=float(b), seeds=seeds, conditions=joint.conditions)
+            Estimate(
+                subjects=who, value=float(v), low=float(a), high=float(b), seeds=seeds, conditions=joint.conditions
+            )
             for who, v, a, b in zip(subjects, value, low, high, strict=True)
         ]
 

@@ -56,12 +56,8 @@ def fit(amount: np.ndarray, value: np.ndarray, inside: np.ndarray, between: np.n
     levels). The data bear one where the error surely falls and the exponent lies within the grid in nearly all samples."""
     if len(np.unique(amount)) < FEWEST:
         return PowerLaw(lacks=f"it takes {FEWEST} amounts, and there are {len(np.unique(amount))}")
-    ends = [int(np.argmin(amount)), int(np.argmax(amount))]
-    fall, spread = (
-        part[..., ends[0]] - part[..., ends[1]]
-        for part in (value, intervals.nested(inside, between, np.full(len(amount), seeds)))
-    )
-    low, _ = intervals.interval(spread)
+    spread = intervals.nested(inside, between, np.full(len(amount), seeds))
+    low, _ = intervals.interval(spread[:, np.argmin(amount)] - spread[:, np.argmax(amount)])
     if not low > 0:
         return PowerLaw(lacks="the error does not surely fall")
     exponent, floor = exponents(amount, value)

@@ -7,7 +7,7 @@ import numpy as np
 from perturbray.results import intervals, wording
 from perturbray.results.anchors import MEAN_RESPONSE, NO_CHANGE, REPLICATE
 from perturbray.results.claims import power_law
-from perturbray.results.claims.claim import CHANGE, GAP, LEVEL, LOSS, Claim, Form, Region, Test
+from perturbray.results.claims.claim import CHANGE, GAP, LEVEL, LOSS, Claim, Finding, Form, Region
 from perturbray.results.claims.evidence import Column, Estimate, Evidence, Need, place
 from perturbray.results.scales import Scale
 
@@ -30,7 +30,9 @@ SHARE = Form(above="{0} goes {size}", below="{0} goes {size}", neither="{0} goes
 FURTHER = Form(
     above="{0} goes further by {size}", below="{0} goes less far by {size}", neither="{0} goes as far, but for {size}"
 )
-TIMES = Form(above="of {0} is {size} times that of {1}", below="of {0} is {size} times", neither="of {0} is {size} times")
+TIMES = Form(
+    above="of {0} is {size} times that of {1}", below="of {0} is {size} times", neither="of {0} is {size} times"
+)
 
 
 def _means(scale: Scale) -> bool:
@@ -119,11 +121,11 @@ def _gaps(evidence: Evidence, scale: Scale, level: object, pairs: Iterable[tuple
 
 def _versus(
     pairs: Callable[[Evidence], Iterable[tuple[str, str]]], *, region: Region = ANY, form: Form = GAP
-) -> Callable[[Evidence, Scale], Test]:
+) -> Callable[[Evidence, Scale], Finding]:
     """A test that at the base level the first series of each pair gains on the second."""
 
-    def test(evidence: Evidence, scale: Scale) -> Test:
-        return Test(
+    def test(evidence: Evidence, scale: Scale) -> Finding:
+        return Finding(
             lead=_at(evidence, scale, evidence.base),
             form=form,
             estimates=_gaps(evidence, scale, evidence.base, pairs(evidence)),
@@ -164,7 +166,7 @@ def _seeing(evidence: Evidence) -> list[str]:
 # tests of their own kind
 
 
-def _additive(evidence: Evidence, scale: Scale) -> Test | None:
+def _additive(evidence: Evidence, scale: Scale) -> Finding | None:
     """C1: how far the additive baseline goes from no change to a replicate, against the same halves."""
     cube, level = evidence.halves, evidence.base
     columns = [(scale.name, level, name) for name in (evidence.main["additive"], evidence.main[NO_CHANGE], REPLICATE)]
@@ -178,7 +180,7 @@ def _additive(evidence: Evidence, scale: Scale) -> Test | None:
             gone = scale.sign * (means[..., 0] - means[..., 1]) / way
         return np.where(way > 0, gone, np.nan)[..., None]
 
-    return Test(
+    return Finding(
         lead=f"Of the way from no change to a replicate, by {_short(evidence, scale)},",
         form=SHARE,
         estimates=evidence.estimates([("the sum of the singles' effects",)], columns, share, cube=cube),
@@ -187,13 +189,13 @@ def _additive(evidence: Evidence, scale: Scale) -> Test | None:
     )
 
 
-def _blind(evidence: Evidence, scale: Scale) -> Test | None:
+def _blind(evidence: Evidence, scale: Scale) -> Finding | None:
     """C5: the covariate-only decoder ranks at chance, though its cosine is fair."""
     region = Region(0.5 - NEAR, 0.5 + NEAR) if _rank(scale) else Region(low=FAIR)
     if not _rank(scale) and not scale.name.startswith("cosine"):
         return None
     column = (scale.name, evidence.base, evidence.main["decoder_cov"])
-    return Test(
+    return Finding(
         lead=_at(evidence, scale, evidence.base),
         form=LEVEL,
         estimates=evidence.contrasts({(column[2],): {column: 1.0}}),
@@ -202,14 +204,14 @@ def _blind(evidence: Evidence, scale: Scale) -> Test | None:
     )
 
 
-def _alike(evidence: Evidence, scale: Scale) -> Test:
+def _alike(evidence: Evidence, scale: Scale) -> Finding:
     """C6: with and without the embedding within ``NEAR`` of the span."""
     pairs = _with_embedding(evidence)
     span = _span(evidence, scale, [(scale.name, evidence.base, series) for pair in pairs for series in pair])
     return _versus(lambda _: pairs, region=Region(-NEAR * span, NEAR * span))(evidence, scale)
 
 
-def _rises(evidence: Evidence, scale: Scale) -> Test:
+def _rises(evidence: Evidence, scale: Scale) -> Finding:
     """C7: the slope per doubling of the training data is a gain for every model; and the power law beside it."""
     levels = evidence.summary.levels
     x = np.log2(levels["x"].to_numpy(float))
@@ -221,7 +223,7 @@ def _rises(evidence: Evidence, scale: Scale) -> Test:
         (one,): {(scale.name, level, one): w for level, w in zip(levels["level"], weight, strict=True)}
         for one in series
     }
-    return Test(
+    return Finding(
         lead=f"With each doubling of the {_amount(evidence)} the {_short(evidence, scale)}",
         form=CHANGE,
         estimates=evidence.contrasts(weights),
@@ -259,15 +261,15 @@ def power_law_of(evidence: Evidence, scale: Scale, series: str) -> power_law.Pow
     return power_law.fit(levels["x"].to_numpy(float), value, inside, between, seeds=joint.seeds)
 
 
-def _best_with_data(evidence: Evidence, scale: Scale) -> Test:
+def _best_with_data(evidence: Evidence, scale: Scale) -> Finding:
     """C8: at the most data latent additive is best."""
     return _versus(_against_all)(evidence, scale)
 
 
-def _never_below(evidence: Evidence, scale: Scale) -> Test:
+def _never_below(evidence: Evidence, scale: Scale) -> Finding:
     """C9: at the most data."""
     columns = [(scale.name, evidence.base, evidence.main[model]) for model in evidence.models]
-    return Test(
+    return Finding(
         lead=_at(evidence, scale, evidence.base),
         form=LEVEL,
         estimates=evidence.contrasts({(column[2],): {column: 1.0} for column in columns}),
@@ -287,7 +289,7 @@ def _change_of(evidence: Evidence, scale: Scale, series: str, weight: float = 1.
 
 
 def _from_to(evidence: Evidence, scale: Scale) -> str:
-    """"From imbalance 0.00 to 0.30, with 180 training conditions at both, the cosine"."""
+    """ "From imbalance 0.00 to 0.30, with 180 training conditions at both, the cosine"."""
     low, high = (wording.level_name(evidence.summary, level) for level in _ends(evidence))
     text = f"From {low} to {high.rpartition(' ')[2]}"
     trials = evidence.summary.trials
@@ -295,14 +297,16 @@ def _from_to(evidence: Evidence, scale: Scale) -> str:
         counts = trials.groupby("level")["train_conditions"].mean().loc[list(_ends(evidence))].round().astype(int)
         first, last = counts.to_numpy()
         same = abs(first - last) <= 0.01 * first
-        text += f", with {first:,} training conditions" + (" at both," if same else f" at the one and {last:,} at the other,")
+        text += f", with {first:,} training conditions" + (
+            " at both," if same else f" at the one and {last:,} at the other,"
+        )
     return f"{text} the {_short(evidence, scale)}"
 
 
-def _harm(evidence: Evidence, scale: Scale) -> Test:
+def _harm(evidence: Evidence, scale: Scale) -> Finding:
     """C10: every model gets worse."""
     weights = {(series,): _change_of(evidence, scale, series) for series in _seeing(evidence)}
-    return Test(
+    return Finding(
         lead=_from_to(evidence, scale),
         form=CHANGE,
         estimates=evidence.contrasts(weights),
@@ -313,15 +317,15 @@ def _harm(evidence: Evidence, scale: Scale) -> Test:
 
 def _loses(
     pairs: Callable[[Evidence], Iterable[tuple[str, str]]], region: Region
-) -> Callable[[Evidence, Scale], Test]:
+) -> Callable[[Evidence, Scale], Finding]:
     """What the first series of a pair gains on the second from one end to the other, in the metric's good direction."""
 
-    def test(evidence: Evidence, scale: Scale) -> Test:
+    def test(evidence: Evidence, scale: Scale) -> Finding:
         weights = {}
         for one, other in pairs(evidence):
             own = _change_of(evidence, scale, one, scale.sign)
             weights[one, other] = own | _change_of(evidence, scale, other, -scale.sign)
-        return Test(
+        return Finding(
             lead=_from_to(evidence, scale),
             form=LOSS,
             estimates=evidence.contrasts(weights),
@@ -337,7 +341,7 @@ def _against_seeing(evidence: Evidence) -> list[tuple[str, str]]:
     return [(own, series) for series in _seeing(evidence) if series != own]
 
 
-def _blind_to_cells(evidence: Evidence, scale: Scale) -> Test | None:
+def _blind_to_cells(evidence: Evidence, scale: Scale) -> Finding | None:
     """C13: by a score of means a model stands near a replicate, by the distribution of cells it does not.
 
     Of all series the one that goes furthest by the score of means. A difference of scaled scores (``anchors``).
@@ -368,7 +372,7 @@ def _blind_to_cells(evidence: Evidence, scale: Scale) -> Test | None:
             shares.append(np.where(way > 0, gone, np.nan))
         return (shares[0] - shares[1])[..., None]
 
-    return Test(
+    return Finding(
         lead=f"From the mean response towards a replicate, by {_short(evidence, scale)} and not by {cells.short},",
         form=FURTHER,
         estimates=evidence.estimates([(best[1],)], best[2], gap, cube=cube),
@@ -377,14 +381,14 @@ def _blind_to_cells(evidence: Evidence, scale: Scale) -> Test | None:
     )
 
 
-def _not_hurt(evidence: Evidence, scale: Scale) -> Test:
+def _not_hurt(evidence: Evidence, scale: Scale) -> Finding:
     """C15: without the adversary no worse, by more than a fifth of ``NEAR``."""
     pairs = _named(("cpa_noadv", "cpa"))
     span = _span(evidence, scale, [])
     return _versus(pairs, region=Region(low=-NEAR / 5 * span))(evidence, scale)
 
 
-def _unstable(evidence: Evidence, scale: Scale) -> Test | None:
+def _unstable(evidence: Evidence, scale: Scale) -> Finding | None:
     """C16: the ratio of standard deviations over seeds, with the interval of the F distribution for normal values."""
     from scipy import special  # here, so that pages of sweeps without it open fast
 
@@ -408,14 +412,16 @@ def _unstable(evidence: Evidence, scale: Scale) -> Test | None:
         subjects=subjects, value=value, low=float(ends[0]), high=float(ends[1]), seeds=free + 1, conditions=0
     )
     lead = _at(evidence, scale, evidence.base, of="standard deviation over seeds of the ")
-    return Test(lead=lead, form=TIMES, estimates=[estimate], region=Region(low=UNSTABLE), digits=1)
+    return Finding(lead=lead, form=TIMES, estimates=[estimate], region=Region(low=UNSTABLE), digits=1)
 
 
 def _claim(name: str, text: str, source: str, by: Callable, test: Callable, *needs: Need) -> Claim:
     return Claim(name=name, text=text, source=source, needs=needs, by=by, test=test)
 
 
-CELLS = Need("a metric of the distribution of cells", lambda evidence: any(map(_cells, evidence.summary.scales.values())))
+CELLS = Need(
+    "a metric of the distribution of cells", lambda evidence: any(map(_cells, evidence.summary.scales.values()))
+)
 DATA, IMBALANCE = _axis("data"), _axis("imbalance")
 BOTH = f"{SLIDES} and {PAPER}"
 
