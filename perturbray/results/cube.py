@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import pandas as pd
@@ -92,10 +93,13 @@ class Cube:
         """Whether a prediction of the column failed, (columns,)."""
         return (self.columns["failed"] > 0).to_numpy() | np.isinf(self.values).any(axis=0)
 
-    def find(self, **where: object) -> int | None:
-        """The column of a metric, level and series, or None."""
-        found = np.logical_and.reduce([(self.columns[name] == value).to_numpy() for name, value in where.items()])
-        return int(np.flatnonzero(found)[0]) if found.any() else None
+    @cached_property
+    def _found(self) -> dict[tuple, int]:
+        return {tuple(one): at for at, one in enumerate(self.columns[_COLUMN].itertuples(index=False))}
+
+    def find(self, *, metric: str, level: object, series: str) -> int | None:
+        """The number of a column, or None."""
+        return self._found.get((metric, level, series))
 
     def joint(self, columns: np.ndarray) -> "Joint":
         """Columns on the conditions that all of them have."""

@@ -87,7 +87,10 @@ def curves(summary: Summary) -> Figure | None:
     trials = summary.trials
     if "curve" not in trials:
         return None
-    trials = trials[(trials["level"] == summary.base) & trials["curve"].map(lambda text: isinstance(text, str))]
+    trials = trials[
+        (trials["level"] == summary.base)
+        & trials["curve"].astype(object).map(lambda text: isinstance(text, str)).astype(bool)
+    ]
     losses = {
         series: [np.array(rows, float) for text in part["curve"] if (rows := json.loads(text))]
         for series, part in trials.groupby("series", observed=True)

@@ -7,6 +7,7 @@ never left out, so that no model gains by failing.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -61,7 +62,7 @@ class Summary:
         """Those series that are baselines."""
         return set(self.trials.loc[self.trials["baseline"], "series"])
 
-    @property
+    @cached_property
     def levels(self) -> pd.DataFrame:
         """Levels with finished trials by rising x: columns ``level`` and ``x``."""
         return _levels(self.trials)

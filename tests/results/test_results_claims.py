@@ -259,9 +259,8 @@ def test_the_ratio_of_spreads_has_the_interval_of_the_f_distribution():
     summary = unstable(5)
     (test,) = [tests[COSINE] for claim, tests in judged(summary, CLAIMS).items() if claim.name == "C16"]
     trials = summary.cube.trials
-    own, *others = [
-        trials[:, summary.cube.find(series=name)] for name in ("biolord_star", "cpa", "decoder", "latent_additive")
-    ]
+    names = ("biolord_star", "cpa", "decoder", "latent_additive")
+    own, *others = [trials[:, summary.cube.find(metric=COSINE, level=0.0, series=name)] for name in names]
     ratio = own.var(ddof=1) / np.mean([values.var(ddof=1) for values in others])
     (estimate,) = test.estimates
     assert estimate.value == pytest.approx(np.sqrt(ratio))
