@@ -232,6 +232,7 @@ def run(
         "epochs": done.epochs,
         "best_epoch": done.best_epoch,
         "val_loss": done.best_loss,
+        "curve": json.dumps(done.curve),
         "fit_seconds": fitted - started,
         "predict_seconds": time.perf_counter() - fitted,
         "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,

@@ -1,7 +1,8 @@
 """The values of a sweep as an array, a row a condition, a column a (metric, level, series); columns compare here."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import pandas as pd
@@ -23,15 +24,18 @@ _COLUMN = ["metric", "level", "series"]
 
 @dataclass(frozen=True, kw_only=True)
 class Cube:
-    """Values of one stratum, seeds averaged."""
+    """Values of one stratum, seeds averaged; what seeds add to an interval is kept beside them."""
 
     columns: pd.DataFrame  # metric, level, series, failed, flagged, seeds, sd_seeds: one row a column
     values: np.ndarray  # (conditions, columns), NaN where undefined or absent
     undefined: np.ndarray  # (columns,) conditions that the truth leaves undefined
     context: np.ndarray  # (conditions,) codes
     perturbation: np.ndarray  # (conditions,) codes
+    names: np.ndarray  # (conditions,) str, "A549 · aspirin"
     means: np.ndarray  # (columns,) macro means
-    draws: np.ndarray  # (resamples, columns) macro means
+    draws: np.ndarray  # (resamples, columns) macro means of samples of the conditions
+    trials: np.ndarray  # (seeds, columns) macro means of trials, NaN where there is none
+    seed_draws: np.ndarray  # (resamples, columns) deviations of samples of the seeds
     bootstrap: Mapping  # resamples, seed
 
     @classmethod
@@ -62,16 +66,60 @@ class Cube:
         columns["failed"] = (count(missing & ~undefined) > 0).sum(axis=0)
         columns["failed"] += _absent(rows, unit=unit, column=column, columns=len(columns))
         columns["flagged"] = (count(scored & flagged) > 0).sum(axis=0)
-        columns[["sd_seeds", "seeds"]] = _spread(rows, value=np.where(scored, value, np.nan), context=context[unit])
+        scores = np.where(scored, value, np.nan)
+        columns[["sd_seeds", "seeds"]] = _spread(rows, value=scores, context=context[unit])
+        trained = _trials(rows, value=scores, column=column, context=context[unit], columns=len(columns))
         return cls(
             columns=columns,
             values=values,
             undefined=(count(undefined) > 0).sum(axis=0),
             context=context,
             perturbation=perturbation,
+            names=_names(rows, unit),
             means=np.where(columns["failed"] > 0, np.nan, intervals.macro(values, context)),
             draws=intervals.resampled(values, context=context, perturbation=perturbation, **bootstrap),
+            trials=trained,
+            seed_draws=intervals.of_seeds(trained, **bootstrap),
             bootstrap=bootstrap,
+        )
+
+    @property
+    def seeds(self) -> np.ndarray:
+        """Seeds of each column, (columns,)."""
+        return np.isfinite(self.trials).sum(axis=0)
+
+    @property
+    def failed(self) -> np.ndarray:
+        """Whether a prediction of the column failed, (columns,)."""
+        return (self.columns["failed"] > 0).to_numpy() | np.isinf(self.values).any(axis=0)
+
+    @cached_property
+    def _found(self) -> dict[tuple, int]:
+        return {tuple(one): at for at, one in enumerate(self.columns[_COLUMN].itertuples(index=False))}
+
+    def find(self, *, metric: str, level: object, series: str) -> int | None:
+        """The number of a column, or None."""
+        return self._found.get((metric, level, series))
+
+    def joint(self, columns: np.ndarray) -> "Joint":
+        """Columns on the conditions that all of them have."""
+        columns = np.asarray(columns, int)
+        here = ~np.isnan(self.values[:, columns])
+        both = here.all(axis=1)
+        means, draws = self.means[columns], self.draws[:, columns]
+        if (here != both[:, None]).any():
+            values = np.where(both[:, None], self.values[:, columns], np.nan)
+            means = intervals.macro(values, self.context)
+            again = {"context": self.context, "perturbation": self.perturbation, **self.bootstrap}
+            draws = intervals.resampled(values, **again)
+        seeds = self.seeds[columns]
+        return Joint(
+            means=means,
+            draws=draws,
+            seed_draws=self.seed_draws[:, columns],
+            seeds=int(seeds[seeds > 1].min()) if (seeds > 1).any() else 1,
+            conditions=int(both.sum()),
+            failed=bool(self.failed[columns].any()),
         )
 
     def differences(self, left: np.ndarray, right: np.ndarray) -> pd.DataFrame:
@@ -80,18 +128,7 @@ class Cube:
         All NaN where a prediction failed; no interval from fewer than ``intervals.FEWEST`` conditions.
         """
         left, right = np.asarray(left, int), np.asarray(right, int)
-        here = ~np.isnan(self.values)
-        both = here[:, left] & here[:, right]
-        with np.errstate(invalid="ignore"):  # inf - inf, of two failed predictions: no difference, as below
-            estimate, draws = self.means[left] - self.means[right], self.draws[:, left] - self.draws[:, right]
-        for pair in np.flatnonzero((here[:, left] != here[:, right]).any(axis=0)):  # split seeds that are still to run
-            values = np.where(both[:, [pair]], self.values[:, [left[pair], right[pair]]], np.nan)
-            estimate[pair] = np.subtract(*intervals.macro(values, self.context))
-            again = {"context": self.context, "perturbation": self.perturbation, **self.bootstrap}
-            draws[:, pair] = np.subtract(*intervals.resampled(values, **again).T)
-        shared = both.sum(axis=0)
-        failed = (self.columns["failed"] > 0).to_numpy() | np.isinf(self.values).any(axis=0)
-        estimate[failed[left] | failed[right] | (shared == 0)] = np.nan
+        estimate, draws, shared = self._gaps(left, right)
         low, high = intervals.interval(draws)
         none = np.isnan(estimate) | (shared < intervals.FEWEST)
         return pd.DataFrame(
@@ -103,6 +140,70 @@ class Cube:
             }
         )
 
+    def apart(self, columns: np.ndarray) -> np.ndarray:
+        """Which columns can be told apart, (columns, columns) bool: paired, and corrected for the number of pairs.
+
+        The intervals of all pairs hold at once (``intervals.simultaneous``), so equal columns are told apart in no more
+        than 1 of 20 sweeps, however many there are. A failed prediction is told from one that did not fail.
+        """
+        columns = np.asarray(columns, int)
+        gap, size = np.full((2, len(columns), len(columns)), np.nan)
+        largest = np.zeros(len(self.draws))
+        for at in range(len(columns) - 1):
+            rest = columns[at + 1 :]
+            estimate, draws, shared = self._gaps(np.full(len(rest), columns[at]), rest, tails=True)
+            none = np.isnan(estimate) | (shared < intervals.FEWEST)
+            scale, highest = intervals.deviation(np.where(none, np.nan, draws))
+            largest = np.maximum(largest, highest)
+            gap[at, at + 1 :], size[at, at + 1 :] = np.abs(estimate), scale
+        with np.errstate(invalid="ignore"):
+            found = gap > intervals.critical(largest) * size
+        infinite = np.isinf(self.means[columns])
+        found |= np.triu(infinite[:, None] != infinite)
+        return found | found.T
+
+    def _gaps(
+        self, left: np.ndarray, right: np.ndarray, *, tails: bool = False
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Differences of pairs, (pairs,), their draws, (resamples, pairs), and the conditions of both, (pairs,).
+
+        ``tails``: those of few conditions too, where the draws are taken for a scale and not for their percentiles.
+        """
+        here = ~np.isnan(self.values)
+        both = here[:, left] & here[:, right]
+        with np.errstate(invalid="ignore"):  # inf - inf, of two failed predictions: no difference, as below
+            estimate, draws = self.means[left] - self.means[right], self.draws[:, left] - self.draws[:, right]
+        for pair in np.flatnonzero((here[:, left] != here[:, right]).any(axis=0)):  # split seeds that are still to run
+            values = np.where(both[:, [pair]], self.values[:, [left[pair], right[pair]]], np.nan)
+            estimate[pair] = np.subtract(*intervals.macro(values, self.context))
+            again = {"context": self.context, "perturbation": self.perturbation, **self.bootstrap}
+            draws[:, pair] = np.subtract(*intervals.resampled(values, **again).T)
+        shared, failed, seeds = both.sum(axis=0), self.failed, self.seeds
+        estimate[failed[left] | failed[right] | (shared == 0)] = np.nan
+        fewest = np.where(np.minimum(seeds[left], seeds[right]) > 1, np.minimum(seeds[left], seeds[right]), 0)
+        several = np.where(fewest > 0, fewest, np.maximum(seeds[left], seeds[right]))
+        of_seeds = self.seed_draws[:, left] - self.seed_draws[:, right]
+        return estimate, intervals.nested(draws, of_seeds, several, conditions=shared if tails else None), shared
+
+
+@dataclass(frozen=True, kw_only=True)
+class Joint:
+    """Some columns on the conditions that all of them have."""
+
+    means: np.ndarray  # (columns,)
+    draws: np.ndarray  # (resamples, columns)
+    seed_draws: np.ndarray  # (resamples, columns)
+    seeds: int  # the fewest of a column that has several, else 1
+    conditions: int
+    failed: bool  # a prediction of a column failed
+
+    def estimate(self, function: Callable[[np.ndarray], np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        """A function of the means, (..., columns) -> (..., parts): its value, (parts,), and its draws, (resamples, parts)."""
+        value, inside = function(self.means), function(self.draws)
+        between = function(self.means + self.seed_draws) - value
+        enough = np.full(inside.shape[1], self.conditions)
+        return value, intervals.nested(inside, between, np.full(inside.shape[1], self.seeds), conditions=enough)
+
 
 def conditions_of(rows: pd.DataFrame) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Condition of each row, (rows,); context and perturbation of each condition, (conditions,); all as codes."""
@@ -113,6 +214,14 @@ def conditions_of(rows: pd.DataFrame) -> tuple[np.ndarray, np.ndarray, np.ndarra
     pair = context * (perturbation.max() + 1) + perturbation
     first, unit = np.unique(pair, return_index=True, return_inverse=True)[1:]
     return unit, context[first], perturbation[first]
+
+
+def _names(rows: pd.DataFrame, unit: np.ndarray) -> np.ndarray:
+    """Covariates and perturbation of each condition, (conditions,)."""
+    first = rows.iloc[np.unique(unit, return_index=True)[1]]
+    columns = [*[name for name in rows.columns if name.startswith("covariate.")], "perturbation"]
+    parts = [first[name].astype(str).to_numpy() for name in columns]
+    return np.array([" · ".join(part) for part in zip(*parts, strict=True)], dtype=object)
 
 
 def _absent(rows: pd.DataFrame, *, unit: np.ndarray, column: np.ndarray, columns: int) -> np.ndarray:
@@ -127,6 +236,22 @@ def _absent(rows: pd.DataFrame, *, unit: np.ndarray, column: np.ndarray, columns
     absent = np.zeros(columns, int)
     np.maximum.at(absent, cell[0] // (group.max() + 1) % columns, missing)
     return absent
+
+
+def _trials(
+    rows: pd.DataFrame, *, value: np.ndarray, column: np.ndarray, context: np.ndarray, columns: int
+) -> np.ndarray:
+    """Macro means of trials, (seeds, columns), NaN where there is none; a seed is one of training and of the split."""
+    names = [name for name in ("seed", "split_seed") if name in rows]
+    seed = rows.groupby(names, observed=True, dropna=False).ngroup().to_numpy() if names else np.zeros(len(rows), int)
+    shape = (seed.max() + 1, columns, context.max() + 1)
+    place = (seed * shape[1] + column) * shape[2] + context
+    kept = np.isfinite(value)
+    count = np.bincount(place[kept], minlength=np.prod(shape)).reshape(shape)
+    total = np.bincount(place[kept], value[kept], minlength=np.prod(shape)).reshape(shape)
+    inside = total / np.maximum(count, 1)
+    contexts = (count > 0).sum(axis=2)
+    return np.where(contexts > 0, (inside * (count > 0)).sum(axis=2) / np.maximum(contexts, 1), np.nan)
 
 
 def _spread(rows: pd.DataFrame, *, value: np.ndarray, context: np.ndarray) -> np.ndarray:

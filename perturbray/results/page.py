@@ -48,6 +48,24 @@ td.lines { white-space: pre; font-size: .8125rem; padding-right: 1rem; }
 .board .gap { display: block; font-size: .79rem; white-space: nowrap; }
 tbody.baselines th, tbody.baselines .mean { font-weight: normal; font-style: italic; color: var(--soft); }
 tbody.baselines th[colspan] { font-style: normal; padding-top: .9rem; font-size: .79rem; }
+.plots { display: grid; grid-template-columns: repeat(auto-fill, minmax(19rem, 1fr)); gap: .4rem 1.6rem; }
+.plots figure { margin: .4rem 0; min-width: 0; }
+.plots figcaption { margin: 0; }
+.plots figcaption b { color: var(--ink); overflow-wrap: anywhere; }
+.plots svg { width: 100%; height: auto; display: block; }
+.dot circle { fill: var(--accent); fill-opacity: .5; }
+.dot text { visibility: hidden; fill: var(--ink); font-weight: 600; }
+.dot:hover circle, .dot:focus circle { fill: var(--bad); fill-opacity: 1; }
+.dot:hover text, .dot:focus text { visibility: visible; }
+.dot:focus { outline: none; } .dot:focus-visible circle { stroke: var(--ink); stroke-width: 2; }
+.plots svg text { font: 11px system-ui, "Segoe UI", Helvetica, Arial, sans-serif; }
+.plots svg text.axis { fill: var(--soft); font-size: 10px; }
+.plots line.frame { stroke: var(--ink); } .plots line.equal { stroke: var(--soft); stroke-dasharray: 4 3; }
+.plots line.anchor { stroke: var(--soft); stroke-dasharray: 1 3; }
+.claim { margin: 1.1rem 0; } .claim h3 { margin: 0 0 .2rem; } .claim h3 small { color: var(--soft); font-weight: normal; }
+.claim ul { margin: .2rem 0; max-width: 60rem; list-style: none; padding: 0; }
+.outcome { white-space: nowrap; font-weight: 600; }
+.outcome.holds { color: var(--good); } .outcome.does { color: var(--bad); } .outcome.the { color: var(--even); }
 .better { color: var(--good); } .worse { color: var(--bad); } .tie { color: var(--even); }
 .failed, .board small.failed, .state b.failed { color: var(--bad); }
 details { margin: .5rem 0; }
@@ -76,7 +94,9 @@ MACROS = """\
 {% macro cell_of(cell, baseline) %}
 {% if cell is none %}<small>not scored</small>{% else %}
 <span class="mean">{{ cell.mean }}</span>
-<small>{% if cell.sd %}±{{ cell.sd }}{% endif %}{% if cell.place %}&ensp;#{{ cell.place }}{% endif %}</small>
+<small>{% if cell.sd %}±{{ cell.sd }}{% endif %}{% if cell.place %}&ensp;#{{ cell.place }}{% endif %}
+{%- if cell.letters %}&ensp;<span title="who shares a letter cannot be told apart">{{ cell.letters }}</span>
+{%- endif %}</small>
 {% if cell.note %}
 <small class="gap{% if "failed" in cell.note %} failed{% endif %}">{{ cell.note }}</small>
 {% elif not cell.reference %}
@@ -133,6 +153,10 @@ MACROS = """\
 {% endfor %}</tr>
 {% endfor %}
 </tbody></table></div>
+{% endmacro %}
+{% macro said(one) %}
+<li><span class="outcome {{ one.outcome.split() | first }}">
+<span aria-hidden="true">{{ one.mark }}</span> {{ one.outcome }}</span>: {{ one.text }}</li>
 {% endmacro %}
 {% macro terms(pairs) %}
 <dl>{% for term, value in pairs %}<dt>{{ term }}</dt><dd>{{ value }}</dd>{% endfor %}</dl>
@@ -193,6 +217,44 @@ BODY = """\
 {% for level in levels %}
 {% if level.open %}<h3>{{ level.title }}</h3>{{ boards(level) }}
 {% else %}<details><summary>{{ level.title }}</summary>{{ boards(level) }}</details>{% endif %}
+{% endfor %}
+</section>
+{% endif %}
+
+{% if claims %}
+<section id="claims"><h2>What was claimed of models</h2>
+<p class="soft">{{ claims_text }}</p>
+{% for claim in claims %}
+<div class="claim"><h3>{{ claim.name }}: {{ claim.text }} <small>({{ claim.source }})</small></h3>
+<ul>{% for one in claim.found %}{{ said(one) }}{% endfor %}</ul>
+{% if claim.rest %}<details><summary>By the other metrics: {{ claim.folded }}</summary>
+<ul>{% for one in claim.rest %}{{ said(one) }}{% endfor %}</ul></details>{% endif %}
+</div>
+{% endfor %}
+</section>
+{% endif %}
+
+{% if variants %}
+<section id="variants"><h2>What a change does to a model</h2>
+{% for frame in variants %}{{ grid(frame) }}{% endfor %}
+</section>
+{% endif %}
+
+{% if scatters %}
+<section id="conditions"><h2>Condition by condition</h2>
+<p class="soft">{{ scatters_text }}</p>
+{% for group in scatters %}
+<h3>{{ group.title }}</h3>
+<div class="plots">
+{% for plot in group.open %}
+<figure>{{ plot.svg }}<figcaption><b>{{ plot.series }}</b> {{ plot.caption }}</figcaption></figure>
+{% endfor %}
+</div>
+{% if group.folded %}<details><summary>{{ group.folded | length }} more</summary><div class="plots">
+{% for plot in group.folded %}
+<figure>{{ plot.svg }}<figcaption><b>{{ plot.series }}</b> {{ plot.caption }}</figcaption></figure>
+{% endfor %}
+</div></details>{% endif %}
 {% endfor %}
 </section>
 {% endif %}
@@ -270,6 +332,12 @@ BODY = """\
 {% if notes %}<ul>{% for note in notes %}<li>{{ note }}</li>{% endfor %}</ul>{% endif %}
 </section>
 
+{% if curves_figure %}
+<section id="curves"><h2>Learning curves</h2>
+<figure><div class="wide" tabindex="0" role="region" aria-label="learning curves">{{ curves_figure }}</div>
+<figcaption>{{ curves_text }}</figcaption></figure></section>
+{% endif %}
+
 {% if cost %}<section id="cost"><h2>Time and memory</h2>{{ grid(cost) }}</section>{% endif %}
 
 <section id="repeat"><h2>Repeat it</h2>
@@ -294,11 +362,6 @@ EVALUATION = """\
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{{ title }}</title>
 <style>{{ style }}
-.plots { display: grid; grid-template-columns: repeat(auto-fill, minmax(19rem, 1fr)); gap: .4rem 1.6rem; }
-.plots figure { margin: .4rem 0; min-width: 0; }
-.plots figcaption { margin: 0; }
-.plots figcaption b { color: var(--ink); overflow-wrap: anywhere; }
-.plots svg { width: 100%; height: auto; display: block; }
 .plots circle { fill: var(--accent); fill-opacity: .55; }
 .plots circle.edge { fill: var(--paper); stroke: var(--bad); }
 .plots circle:hover { fill-opacity: 1; }

@@ -1,6 +1,7 @@
 """A figure per question; a figure is a function of a Summary that returns a matplotlib Figure, and `save` writes it."""
 
 import io
+import json
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -12,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
+from perturbray.results.anchors import MEAN_RESPONSE, REPLICATE
 from perturbray.results.scales import Scale
 from perturbray.results.summary import COMMON, Summary
 from perturbray.results.table import replace_file
@@ -28,6 +30,7 @@ PAPER = "#fefefe"
 
 PANEL = (2.75, 2.35)  # inches
 SHOWN = (-1.0, 1.5)  # of scaled scores
+CURVES = 5  # learning curves side by side
 
 STYLE = {
     "font.family": "sans-serif",
@@ -77,6 +80,46 @@ def scaled(summary: Summary) -> Figure:
     values = np.clip(found["scaled"].dropna(), *SHOWN)
     low, high = min(-0.1, values.min() - 0.05), max(1.2, values.max() + 0.05)
     return _panels(summary, scalable(summary), draw=partial(_scaled_panel, limits=(low, high)))
+
+
+def curves(summary: Summary) -> Figure | None:
+    """Loss against epoch at the base level, a panel a series that trains in epochs and a line a seed; None without any."""
+    trials = summary.trials
+    if "curve" not in trials:
+        return None
+    trials = trials[
+        (trials["level"] == summary.base)
+        & trials["curve"].astype(object).map(lambda text: isinstance(text, str)).astype(bool)
+    ]
+    losses = {
+        series: [np.array(rows, float) for text in part["curve"] if (rows := json.loads(text))]
+        for series, part in trials.groupby("series", observed=True)
+    }
+    shown = [series for series in summary.series if losses.get(series)]
+    if not shown:
+        return None
+    looks = looks_of(summary)
+    across = min(CURVES, len(shown))
+    down = -(-len(shown) // across)
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(max(2.3 * across, 4.4), 1.9 * down), layout="constrained")
+        axes = figure.subplots(down, across, squeeze=False).ravel()
+        for panel, series in zip(axes, shown, strict=False):
+            colour = looks[series]["color"]
+            for rows in losses[series]:
+                epoch, train, watched = rows.T
+                panel.plot(epoch, train, color=colour, linewidth=0.8, linestyle=(0, (2, 1.5)), alpha=0.8)
+                panel.plot(epoch, watched, color=colour, linewidth=1.2)
+                best = int(np.nanargmin(watched)) if np.isfinite(watched).any() else 0
+                panel.plot(epoch[best], watched[best], marker=looks[series]["marker"], color=colour, markersize=4)
+            panel.set_title(_plain_text(series), fontsize=8, parse_math=False)
+            panel.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+            panel.yaxis.set_major_locator(MaxNLocator(4))
+        for panel in axes[len(shown) :]:
+            panel.set_visible(False)
+        figure.supxlabel("epoch", fontsize=8)
+        figure.supylabel("loss", fontsize=8)
+    return figure
 
 
 def scalable(summary: Summary) -> list[str]:
@@ -183,6 +226,7 @@ def _panel(axes: Axes, summary: Summary, scale: Scale, *, looks: dict[str, dict]
             axes.vlines(x, low, high, color=look["color"], linewidth=1.1, zorder=look["zorder"])
         axes.plot(x, mean, markersize=4, markeredgewidth=0.9, **look)
     _chance(axes, scale)
+    _anchors(axes, summary, scale)
     axes.set_ylabel(f"{scale.direction}" + (f" ({scale.unit})" if scale.unit else ""), fontsize=7.5)
     axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
     _frame(axes, scale, arrow=scale.arrow)
@@ -234,6 +278,34 @@ def _chance(axes: Axes, scale: Scale) -> None:
         va="bottom",
         fontsize=7,
     )
+
+
+def _anchors(axes: Axes, summary: Summary, scale: Scale) -> None:
+    """Floor and ceiling, as the table of anchors has them: left and right, so that their names do not meet; one that lies
+    far off is named at the edge that it lies beyond."""
+    bounds = summary.anchors.bounds
+    found = bounds[bounds["metric"] == scale.name]
+    low, high = axes.get_ylim()
+    room = high - low
+    for anchor, name, side in ((MEAN_RESPONSE, "floor", 1), (REPLICATE, "ceiling", 0)) if len(found) else ():
+        value = float(found[anchor].iloc[0])
+        if not np.isfinite(value) or (scale.chance is not None and np.isclose(value, scale.chance, atol=1e-3)):
+            continue
+        near = low - room <= value <= high + room
+        at = value if near else low if value < low else high
+        if near:
+            axes.axhline(value, color=INK, linewidth=0.8, linestyle=(0, (4, 2)), zorder=1.5)
+        beneath = (side == 1 and near) or (not near and value > high)
+        axes.annotate(
+            name if near else f"{name} {value:.2g} {'↓' if value < low else '↑'}",
+            (side, at),
+            xycoords=("axes fraction", "data"),
+            xytext=(-2 if side else 2, -2.5 if beneath else 2.5),
+            textcoords="offset points",
+            fontsize=7,
+            ha="right" if side else "left",
+            va="top" if beneath else "bottom",
+        )
 
 
 def _legend_rows(looks: dict[str, dict], width: float) -> tuple[int, int]:

@@ -7,20 +7,35 @@ from pathlib import Path
 
 from markupsafe import Markup
 
-from perturbray.results import page, plots, search, sections, table
+from perturbray.results import page, plots, scatter, search, sections, table
 from perturbray.results.summary import Summary, summarise
-from perturbray.results.wording import answer
+from perturbray.results.wording import answer, level_name
 
 _STATES = {"running": "running", "done": "finished", "interrupted": "interrupted: the same command carries on"}
 _TEMPLATE = page.template(page.TEMPLATE)
 
-READING = """Intervals are 95 % percentile intervals of a paired bootstrap over conditions: perturbations are drawn with
-all their contexts, after seeds are averaged. They cover which conditions were tested; they do not cover training seeds,
-whose spread is in the tables, nor other screens."""
+READING = """Intervals are 95 % intervals of a paired bootstrap over conditions, in which perturbations are drawn with all
+their contexts, with training seeds nested in them: they cover which conditions were tested and, from two seeds on, that
+training again gives another model. They do not cover other screens."""
 
 BOARD = """Mean over conditions within a context, then over contexts; ± is the standard deviation over seeds; # is the
-place, with = where models share it because they cannot be told apart from the first of their group. Below: the paired
-difference to the best baseline of that column with its 95 % interval. ▲ better, ▼ worse, ≈ cannot be told."""
+place, with = where models share it because they cannot be told apart from the first of their group. Models that share a
+letter cannot be told apart: all pairs of a column are compared on the same conditions, and their intervals hold at once
+(the maximum-t method), so among models that are equal a difference is seen in no more than 1 column of 20. Below: the
+paired difference to the best baseline of that column with its own 95 % interval, which knows nothing of the other
+comparisons. ▲ better, ▼ worse, ≈ cannot be told."""
+
+CLAIMED = """Claims of PerturBench's paper and slides that this sweep has what it takes to test. A claim holds where the whole
+interval lies where it says, does not hold where an interval lies wholly elsewhere, and is left open otherwise. Where a
+sentence has several parts their intervals hold at once, and the claim holds if all of them do."""
+
+SCATTERS = """A dot is a test condition, {at}: what a model scores in it against the best baseline, equal on the dashed line.
+Its name shows where the pointer rests; the keyboard comes to the conditions that differ most."""
+
+SCATTERED = """ Dotted lines: mean response and replicate, against halves of the cells."""
+
+CURVES = """Loss against epoch, {at}: solid on the validation conditions, dashed in training; a line a seed; the mark is the
+epoch whose weights were kept. Losses of unlike models are not comparable."""
 
 SCALED = """Scaled: 0 as good as the mean response, 1 as good as a replicate (see Floor and ceiling)."""
 
@@ -41,19 +56,22 @@ def write_report(folder: str | Path, *, reader: table.Reader | None = None, png:
     plan = table.read_plan(folder)
     rows = (reader or table.Reader(folder)).read()
     summary = summarise(rows, plan, analytic=table.read_reference(folder), anchors=table.read_anchors(folder))
-    figure = scaled = None
+    figure = scaled = curves = None
     if summary.headline:
         running = plan.get("status", {}).get("state") == "running"
         png = not running if png is None else png
         figure = plots.save(plots.against_x(summary), folder, png=png)
         if plots.scalable(summary):
             scaled = plots.save(plots.scaled(summary), folder, name="scaled", png=png)
+        drawn = plots.curves(summary)
+        curves = None if drawn is None else plots.svg(drawn)
         summary.write(folder / "summary.csv")
     text = render(
         summary,
         failures=table.failed(folder),
         figure=figure,
         scaled=scaled,
+        curves=curves,
         others=rows.attrs["others"],
         searches=search.views(folder),
     )
@@ -68,15 +86,18 @@ def render(
     failures: Mapping[str, dict],
     figure: str | None,
     scaled: str | None = None,
+    curves: str | None = None,
     others: int = 0,
     searches: Sequence[dict] = (),
 ) -> str:
     """The page as text.
 
-    ``failures``: those of ``table.failed``; ``figure``, ``scaled``: SVG elements; ``others``: number of files of other
-    plans; ``searches``: those of ``search.views``.
+    ``failures``: those of ``table.failed``; ``figure``, ``scaled``, ``curves``: SVG elements; ``others``: number of files
+    of other plans; ``searches``: those of ``search.views``.
     """
-    view = _view(summary, failures=failures, figure=figure, scaled=scaled, others=others, searches=searches)
+    view = _view(
+        summary, failures=failures, figure=figure, scaled=scaled, curves=curves, others=others, searches=searches
+    )
     return _TEMPLATE.render(view)
 
 
@@ -86,6 +107,7 @@ def _view(
     failures: Mapping[str, dict],
     figure: str | None,
     scaled: str | None,
+    curves: str | None,
     others: int,
     searches: Sequence[dict],
 ) -> dict:
@@ -128,6 +150,13 @@ def _view(
         "figure_caption": sections.figure_caption(summary),
         "board_caption": f"{BOARD} {SCALED}" if bounds else BOARD,
         "levels": sections.levels(summary),
+        "claims": sections.claims(summary) if summary.headline else [],
+        "claims_text": CLAIMED,
+        "variants": sections.variants(summary) if summary.headline else [],
+        "scatters": scatter.views(summary) if summary.headline else [],
+        "scatters_text": SCATTERS.format(at=_base(summary)) + SCATTERED * bool(bounds),
+        "curves_figure": Markup(_themed(_apart(curves, "curves-"))) if curves else None,
+        "curves_text": CURVES.format(at=_base(summary)),
         "changes": sections.changes(summary),
         "truth": sections.truth(summary),
         "strata": sections.strata(summary),
@@ -151,6 +180,9 @@ def _contents(view: Mapping) -> list[tuple[str, str]]:
         ("answer", "Answer", True),
         ("figure", "Figure", view["figure"]),
         ("leaderboards", "Leaderboards", view["levels"]),
+        ("claims", "Claims", view["claims"]),
+        ("variants", "Variants", view["variants"]),
+        ("conditions", "Conditions", view["scatters"]),
         ("anchors", "Floor and ceiling", view["bounds"]),
         ("effects", "By effect", view["effects"]),
         ("changes", "Losses", view["changes"]),
@@ -159,10 +191,19 @@ def _contents(view: Mapping) -> list[tuple[str, str]]:
         ("searches", "Searches", view["searches"]),
         ("failures", "Flags and failures", view["statuses"] or view["failures"]),
         ("data", "Data and notes", True),
+        ("curves", "Learning", view["curves_figure"]),
         ("cost", "Cost", view["cost"]),
         ("repeat", "Repeat it", True),
     ]
     return [(anchor, title) for anchor, title, present in named if present]
+
+
+def _base(summary: Summary) -> str:
+    """Where nothing is taken away, for a sentence."""
+    if summary.levels.empty:
+        return ""
+    name = level_name(summary, summary.base)
+    return name if name == "all trials" else f"at {name}"
 
 
 def _state(status: Mapping) -> str:

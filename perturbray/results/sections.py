@@ -13,12 +13,15 @@ from perturbray.results.anchors import (
     WEAK_BETTER,
     WEAK_RANGE,
 )
+from perturbray.results.claims.claim import FAILS, HOLDS, OPEN, judged
+from perturbray.results.claims.published import CLAIMS
 from perturbray.results.plots import SHOWN, scalable
 from perturbray.results.scales import Scale
-from perturbray.results.summary import COMMON, Summary
+from perturbray.results.summary import COMMON, Summary, verdicts
 from perturbray.results.wording import NONE, VERDICTS, cells, decimals, interval, level_name, number
 
 WIDTH = 3  # metrics side by side in a leaderboard
+OUTCOMES = {HOLDS: "✓", FAILS: "✗", OPEN: "?"}
 LISTED = 500  # trials named on the page; a larger plan is in sweep.json
 
 REACHING = """◆ A model that reaches the replicate is not without error. A half has n/2 cells, so the replicate carries the
@@ -39,11 +42,15 @@ def figure_caption(summary: Summary) -> str:
     common = summary.means[summary.means["stratum"] == COMMON]
     if common.empty:
         return ""
+    anchored = (
+        " Floor and ceiling, dashed, are the mean response and a replicate against one half of the cells, which is noisier "
+        "than all cells, that models are judged against here."
+    )
     return (
         "Each line is a model, baselines in grey and dashed; a point is the mean over "
         f"{_span(common['conditions'], 'condition')} and {_span(common['seeds'], 'seed')}, a band its 95 % interval over "
-        "conditions. Models are compared on the same conditions, so bands may overlap where the paired differences "
-        "below tell models apart."
+        "conditions and seeds. Models are compared on the same conditions, so bands may overlap where the paired differences "
+        f"below tell models apart.{anchored * (len(summary.anchors.bounds) > 0)}"
     )
 
 
@@ -181,6 +188,70 @@ def controls(facts: Mapping) -> str:
     )
 
 
+def claims(summary: Summary) -> list[dict]:
+    """The claims that the sweep tests: those by the first score and the first rank in full, the others folded."""
+    views = []
+    for claim, found in judged(summary, CLAIMS).items():
+        said = [
+            {"mark": OUTCOMES[one.outcome], "outcome": one.outcome, "text": " ".join([one.sentence, *one.beside])}
+            for one in found.values()
+        ]
+        lead = [
+            next((at for at, name in enumerate(found) if name.endswith("/rank") is rank), None)
+            for rank in (False, True)
+        ]
+        lead = [at for at in lead if at is not None]
+        rest = [view for at, view in enumerate(said) if at not in lead]
+        folded = ", ".join(
+            f"{sum(view['outcome'] == one for view in rest)} {mark} {one}" for one, mark in OUTCOMES.items()
+        )
+        views.append(
+            {
+                **{"name": claim.name, "text": claim.text, "source": claim.source},
+                **{"found": [said[at] for at in lead], "rest": rest, "folded": folded},
+            }
+        )
+    return views
+
+
+def variants(summary: Summary) -> list[dict]:
+    """Models of which there are several series: each against the model's first, in pairs, at either end."""
+    found = []
+    by = summary.trials.drop_duplicates("series").set_index("series")["model"]
+    metrics = [name for name in summary.headline if not name.endswith("/rank")][:WIDTH]
+    metrics += [name for name in summary.headline if name.endswith("/rank")][:1]
+    for level in dict.fromkeys([summary.levels["level"].iloc[0], summary.levels["level"].iloc[-1]]) if metrics else ():
+        rows = []
+        for _, group in by.groupby(by, sort=False):
+            first, *others = sorted(group.index, key=summary.series.index)
+            rows += [[one, first, *[_against(summary, name, level, one, first) for name in metrics]] for one in others]
+        title = level_name(summary, level)
+        found += [
+            grid(
+                rows,
+                caption=f"{title[0].upper()}{title[1:]}: the paired difference to the model's first series with its 95 % "
+                "interval. ▲ better, ▼ worse, ≈ cannot be told.",
+                columns=["series", "against", *_heads([summary.scales[name] for name in metrics])],
+                align="lines",
+            )
+        ]
+    return [view for view in found if view]
+
+
+def _against(summary: Summary, metric: str, level: object, one: str, other: str) -> str:
+    cube = summary.cube
+    columns = [cube.find(metric=metric, level=level, series=series) for series in (one, other)]
+    if None in columns:
+        return NONE
+    row = cube.differences(columns[:1], columns[1:])
+    low, high = row["difference_low"], row["difference_high"]
+    verdict = str(verdicts(low, high, sign=np.array([summary.scales[metric].sign]))[0])
+    return _change(
+        summary,
+        {"metric": metric, "change": row["difference"][0], "low": low[0], "high": high[0], "verdict": verdict},
+    )
+
+
 def effects(summary: Summary) -> list[dict]:
     """Headline means in strata of the conditions: a title and tables for each way to part them."""
     found = summary.anchors.effects
@@ -271,6 +342,7 @@ def statuses(summary: Summary) -> dict | None:
 
 def cost(summary: Summary) -> dict | None:
     wanted = {
+        "parameters": ("parameters", "mean", "{:,.0f}"),
         "epochs": ("epochs", "mean", "{:.0f}"),
         "fit_seconds": ("fit, s", "mean", "{:.1f}"),
         "predict_seconds": ("predict, s", "mean", "{:.1f}"),
@@ -280,16 +352,21 @@ def cost(summary: Summary) -> dict | None:
     have = {name: facts for name, facts in wanted.items() if name in summary.trials}
     if not have:
         return None
+    spent = [name for name in ("fit_seconds", "predict_seconds", "score_seconds") if name in have]
+    whole = summary.trials[spent].apply(pd.to_numeric).sum(axis=1)
     rows = []
     for series in summary.series:
         part = summary.trials[summary.trials["series"] == series]
         values = [(pd.to_numeric(part[name]).agg(how), form) for name, (_, how, form) in have.items()]
-        rows.append([series, len(part), *[NONE if pd.isna(value) else form.format(value) for value, form in values]])
+        shown = [NONE if pd.isna(value) else form.format(value) for value, form in values]
+        own = whole[part.index].sum()
+        rows.append([series, len(part), *shown, f"{own / 60:,.1f}", f"{own / max(whole.sum(), 1e-9):.0%}"])
     hosts = summary.trials["host"].nunique() if "host" in summary.trials else 1
     return grid(
         rows,
-        caption=f"Means over finished trials, memory the most of any; on {hosts} host{'s' * (hosts != 1)}.",
-        columns=["model", "trials", *[title for title, *_ in have.values()]],
+        caption=f"Means over finished trials, memory the most of any; in all: fitting, predicting and scoring of all trials of "
+        f"the model, one after the other; on {hosts} host{'s' * (hosts != 1)}.",
+        columns=["model", "trials", *[title for title, *_ in have.values()], "in all, min", "share"],
         align="n",
     )
 

@@ -6,15 +6,16 @@ never left out, so that no model gains by failing.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from perturbray.errors import InputError, nearest
-from perturbray.results import intervals
-from perturbray.results.anchors import Anchors
+from perturbray.results import intervals, marks
+from perturbray.results.anchors import REPLICATE, Anchors
 from perturbray.results.cube import UNDEFINED, Cube
 from perturbray.results.scales import Scale
 from perturbray.results.table import replace_file, trials
@@ -36,6 +37,10 @@ class Summary:
     truth: pd.DataFrame  # measured against analytic, per (reference, metric); empty without a reference
     anchors: Anchors  # floor, ceiling and scaled scores of the common conditions
     controls: dict  # where effects take their control cells from: source, and the cells that say what it means
+    cube: Cube | None = None  # the common conditions, for what compares columns in ways of its own
+    half_rows: pd.DataFrame | None = (
+        None  # at the base level against half of the cells, replicates too; None: no anchors
+    )
 
     @property
     def headline(self) -> list[str]:
@@ -57,10 +62,20 @@ class Summary:
         """Those series that are baselines."""
         return set(self.trials.loc[self.trials["baseline"], "series"])
 
-    @property
+    @cached_property
     def levels(self) -> pd.DataFrame:
         """Levels with finished trials by rising x: columns ``level`` and ``x``."""
         return _levels(self.trials)
+
+    @property
+    def of_data(self) -> bool:
+        """Whether the levels are amounts of training data."""
+        return str(self.plan.get("x", "")).startswith("train")
+
+    @property
+    def base(self) -> object:
+        """The level at which nothing is taken away: the lowest, or the most data."""
+        return self.levels["level"].iloc[-1 if self.of_data else 0]
 
     def board(self, level: object, *, metrics: Sequence[str] | None = None, stratum: str = COMMON) -> pd.DataFrame:
         """Means beside differences at one level, a row a (metric, series)."""
@@ -114,7 +129,7 @@ def summarise(
     if reference is not None and reference not in set(runs["series"]):
         raise InputError(f"no finished trial is of {reference!r}: {nearest(reference, runs['series'])}")
     bootstrap = {"resamples": resamples, "seed": seed}
-    means, differences, changes = [], [], []
+    means, differences, changes, common_cube = [], [], [], None
     rows = table.merge(runs[["key", "series", "level", "x", "split_seed"]], on="key") if len(table) else table
     for stratum in sorted(set(table["stratum"].dropna()), key=lambda name: (name != COMMON, name)):
         cube = Cube.of(rows[rows["stratum"] == stratum], bootstrap=bootstrap)
@@ -123,12 +138,13 @@ def summarise(
         means.append(frame.merge(places, on=["metric", "level", "series"], how="left"))
         differences.append(difference.assign(stratum=stratum))
         if stratum == COMMON:
+            common_cube = cube
             changes.append(_changes(cube, levels=_levels(runs), scales=scales))
     means = _stack(means, MEANS)
     common = rows[rows["stratum"] == COMMON] if len(table) else rows
     lost = means[(means["stratum"] == COMMON) & ((means["failed"] > 0) | (means["status"] == "failed_prediction"))]
     truth = _truth(rows, runs, analytic) if analytic is not None and len(table) else pd.DataFrame()
-    return Summary(
+    found = Summary(
         plan=plan,
         scales=scales,
         trials=runs,
@@ -139,7 +155,9 @@ def summarise(
         truth=truth,
         anchors=Anchors.of(common, anchors, scales=scales, failed=lost) if len(table) else Anchors.none(),
         controls=_controls(common, plan),
+        cube=common_cube,
     )
+    return replace(found, half_rows=_against_halves(common, anchors, found)) if anchors is not None else found
 
 
 MEANS = [
@@ -157,18 +175,39 @@ MEANS = [
         "status",
         "place",
         "tied",
+        "letters",
     ],
     *["sd_seeds", "seeds", "conditions", "contexts", "pooled", "median", "sd_conditions"],
     *["undefined", "failed", "flagged"],
 ]
-"""``mean``: macro. ``low``, ``high``: 95 % interval over conditions. ``status``: why there is no interval. ``place``: of
-its tie group. Counts are of conditions: ``undefined`` by the truth, ``failed`` predictions, ``flagged`` values that count
-but carry a reason."""
+"""``mean``: macro. ``low``, ``high``: 95 % interval over conditions and seeds. ``status``: why there is no interval.
+``place``: of its tie group; ``letters``: series that share one cannot be told apart. Counts are of conditions: ``undefined``
+by the truth, ``failed`` predictions, ``flagged`` values that count but carry a reason."""
 DIFFERENCES = [
     *["stratum", "metric", "level", "series", "reference", "difference", "difference_low", "difference_high"],
     *["difference_conditions", "verdict"],
 ]
 CHANGES = ["metric", "series", "from_level", "to_level", "change", "low", "high", "conditions", "verdict", "seeds"]
+
+
+def _against_halves(rows: pd.DataFrame, anchors: pd.DataFrame, summary: Summary) -> pd.DataFrame | None:
+    """Rows of the base level with ``value_half`` as their value, and below them the replicate as one more series."""
+    if rows.empty or "value_half" not in rows or ("dataset" in rows and len(rows["dataset"].unique()) > 1):
+        return None  # of several datasets, anchors do not say of which they are
+    rows = rows[(rows["level"] == summary.base) & (rows["value_half"].notna() | rows["value"].isna())]
+    covariates = [name for name in rows if name.startswith("covariate.") and name in anchors]
+    replicate = anchors[(anchors["reference"] == REPLICATE) & anchors["value"].notna()]
+    wanted = [*covariates, "perturbation", "metric", "value", *[name for name in ("seed",) if name in anchors]]
+    replicate = replicate[wanted].assign(series=REPLICATE, key=REPLICATE, level=summary.base, status="")
+    text = [*covariates, "perturbation", "metric", "status", "series", "key"]
+    parts = [rows.assign(value=rows["value_half"])[[*text, "value", "level", "seed", "split_seed"]], replicate]
+    if "seed" in replicate:
+        split = rows.drop_duplicates("seed").set_index("seed")["split_seed"]
+        parts[1] = replicate.assign(split_seed=replicate["seed"].map(split))
+    parts = [part.astype(dict.fromkeys(text, str)) for part in parts]
+    known = set(zip(*[parts[0][name] for name in [*covariates, "perturbation"]], strict=True))
+    inside = [row in known for row in zip(*[parts[1][name] for name in [*covariates, "perturbation"]], strict=True)]
+    return pd.concat([parts[0], parts[1][inside]], ignore_index=True)
 
 
 def _controls(rows: pd.DataFrame, plan: Mapping) -> dict:
@@ -238,7 +277,7 @@ def _means(cube: Cube, *, runs: pd.DataFrame, stratum: str) -> pd.DataFrame:
         ["failed_prediction", "undefined", "few_conditions"],
         "",
     )
-    low, high = intervals.interval(cube.draws)
+    low, high = intervals.interval(intervals.nested(cube.draws, cube.seed_draws, cube.seeds))
     frame = pd.DataFrame(values)
     facts = runs.groupby(["level", "series"], as_index=False).agg(
         x=("x", "mean"), model=("model", "first"), baseline=("baseline", "first")
@@ -274,13 +313,14 @@ def _differences(
         candidates = part.index[part["baseline"] if reference is None else part["series"] == reference]
         everyone = means.index[(means["metric"] == metric) & (means["level"] == level)]
         pairs += [(index, candidates[0]) for index in everyone if len(candidates) and index != candidates[0]]
-        places += _places(cube, part.index.to_numpy())
+        best_first = part.index.to_numpy()
+        places += [(int(row), *mark) for row, mark in zip(best_first, marks.of(cube.apart(best_first)), strict=True)]
     left, right = np.asarray(pairs, int).reshape(-1, 2).T
     found = means.loc[left, ["metric", "level", "series"]].reset_index(drop=True)
     found["reference"] = means.loc[right, "series"].to_numpy()
     found = pd.concat([found, cube.differences(left, right)], axis=1)
     found["verdict"] = verdicts(found["difference_low"], found["difference_high"], sign=sign.loc[left].to_numpy())
-    places = pd.DataFrame(places, columns=["row", "place", "tied"]).set_index("row")
+    places = pd.DataFrame(places, columns=["row", "place", "tied", "letters"]).set_index("row")
     return found, means[["metric", "level", "series"]].join(places)
 
 
@@ -289,24 +329,6 @@ def verdicts(low: pd.Series, high: pd.Series, *, sign: np.ndarray) -> np.ndarray
     above, below = (low > 0).to_numpy(), (high < 0).to_numpy()
     good, bad = np.where(sign > 0, above, below), np.where(sign > 0, below, above)
     return np.select([low.isna().to_numpy(), good, bad], ["", "better", "worse"], "tie")
-
-
-def _places(cube: Cube, best_first: np.ndarray) -> list[tuple[int, int, bool]]:
-    """(column, place, tied) by tie groups from the best down.
-
-    A group ends at the first column whose difference to the group's leader has an interval that excludes 0; without an
-    interval nothing shows that they differ, except that a column with a failed prediction is worse than one without.
-    """
-    places, start = [], 0
-    while start < len(best_first):
-        rest = best_first[start:]
-        gaps = cube.differences(rest, np.full(len(rest), rest[0]))
-        failed = np.isinf(cube.means[rest]) != np.isinf(cube.means[rest[0]])
-        apart = np.flatnonzero((gaps["difference_low"] > 0) | (gaps["difference_high"] < 0) | failed)
-        size = int(apart[0]) if len(apart) else len(rest)
-        places += [(int(index), start + 1, size > 1) for index in rest[:size]]
-        start += size
-    return places
 
 
 def _changes(cube: Cube, *, levels: pd.DataFrame, scales: Mapping[str, Scale]) -> pd.DataFrame:

@@ -84,9 +84,11 @@ def _text(cell: Cell | None, *, faint: bool) -> Text:
 def _legend(summary: Summary, *, left_out: list[str]) -> Text:
     text = Text(style="dim")
     text.append(
-        "mean ±sd over seeds  #place, = tied. Below: difference to the best baseline ('reference') with its 95 % "
+        "mean ±sd over seeds  #place, = not told apart, of all pairs at once. Below: difference to the best baseline "
     )
-    text.append("interval over conditions; ▲ better  ▼ worse  ≈ cannot be told apart.")
+    text.append(
+        "('reference') with its 95 % interval over conditions and seeds; ▲ better  ▼ worse  ≈ cannot be told apart."
+    )
     if left_out:
         text.append(f" For {', '.join(left_out)} widen the terminal, or see summary.csv and report.html.")
     return text

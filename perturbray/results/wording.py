@@ -20,6 +20,7 @@ class Cell:
     mean: str
     sd: str  # over seeds; "" with one seed
     place: str  # "1", or "2=" in a tie group
+    letters: str  # shared with series that it cannot be told from
     difference: str  # to the reference; "" for the reference itself
     interval: str
     verdict: str  # better, worse, tie or ""
@@ -96,6 +97,7 @@ def _cell(row: dict, digits: int) -> Cell:
         mean=number(row["mean"], digits),
         sd="" if np.isnan(row["sd_seeds"]) else _spread(row["sd_seeds"], digits),
         place="" if pd.isna(row["place"]) else f"{int(row['place'])}{'=' if row['tied'] else ''}",
+        letters=row["letters"] if isinstance(row["letters"], str) else "",
         difference=number(row["difference"], digits, sign=True) if compared else "",
         interval=interval(row["difference_low"], row["difference_high"], digits) if compared else "",
         verdict=row["verdict"] if compared else "",
@@ -148,11 +150,12 @@ def _best(summary: Summary, level: object, metric: str) -> str:
     if models.empty:
         return ""
     best = models.iloc[0]
-    tied = list(models["series"][1:][models["place"].iloc[1:] == best["place"]])
-    open_to = f" (not told apart from {_listed(tied)})" if tied else ""
+    rest = models.iloc[1:]
+    tied = list(rest.loc[[bool(set(letters) & set(best["letters"])) for letters in rest["letters"]], "series"])
+    open_to = f" (not told apart from {listed(tied)})" if tied else ""
     mean = number(best["mean"], digits)
     by = f"is {mean}, by {best['series']}{open_to}"
-    text = f"At {level_name(summary, level)} the best {_short(summary, metric)} of a model {by}"
+    text = f"At {level_name(summary, level)} the best {short(summary, metric)} of a model {by}"
     if not isinstance(best["reference"], str):
         return f"{text}; no baseline has finished to compare it with."
     counts = f"{_number_of(best['seeds'], 'seed')}, {_number_of(best['difference_conditions'], 'condition')}"
@@ -178,7 +181,7 @@ def _change(summary: Summary, metric: str) -> str:
         return ""
     row = changes.iloc[0]
     start, end = (level_name(summary, row[name]) for name in ("from_level", "to_level"))
-    what = f"From {start} to {end.rpartition(' ')[2]} the {_short(summary, metric)} of {row['series']}"
+    what = f"From {start} to {end.rpartition(' ')[2]} the {short(summary, metric)} of {row['series']}"
     counts = f"{_number_of(row['seeds'], 'seed')}, {_number_of(row['conditions'], 'condition')}"
     if not row["verdict"]:
         return f"{what} changes by {number(row['change'], digits, sign=True)} (no interval; {counts})."
@@ -188,7 +191,7 @@ def _change(summary: Summary, metric: str) -> str:
     return f"{what} {'rises' if row['change'] > 0 else 'falls'} by {gap} ({spread}; {counts})."
 
 
-def _short(summary: Summary, metric: str) -> str:
+def short(summary: Summary, metric: str) -> str:
     """The score inside a sentence, with what it is taken on where another score of the headline has its title."""
     scale = summary.scales[metric]
     alike = [name for name in summary.headline if summary.scales[name].title == scale.title]
@@ -204,7 +207,7 @@ def _size(value: float, low: float, high: float, digits: int, verdict: str) -> t
     return number(value, digits, sign=sign), f"95\N{NO-BREAK SPACE}% interval {ends}"
 
 
-def _listed(names: list[str]) -> str:
+def listed(names: list[str]) -> str:
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 

@@ -62,6 +62,12 @@ class Fit:
     best_loss: float = math.nan
     history: list[dict[str, float]] = field(default_factory=list)
 
+    @property
+    def curve(self) -> list[list[float]]:
+        """Epoch, training loss and validation loss to six digits, a row an epoch."""
+        names = ("train_loss", "val_loss")
+        return [[row["epoch"], *[float(f"{row.get(name, math.nan):.6g}") for name in names]] for row in self.history]
+
 
 class DivergedError(RuntimeError):
     """The loss became NaN or infinite: the trial ends, and nothing of it reaches a table."""

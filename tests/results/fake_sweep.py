@@ -1,6 +1,7 @@
 """A results folder as a sweep would leave it, with effects that are known because they are drawn here."""
 
 import hashlib
+import json
 from pathlib import Path
 
 import numpy as np
@@ -118,6 +119,13 @@ def fake_rows(
     }
 
 
+def fake_curve(seed: int) -> list[list[float]]:
+    """Epoch, training loss, validation loss: the best is the 30th of 40."""
+    epochs = np.arange(1, 41)
+    watched = 0.3 + 0.2 * np.exp(-epochs / 8) + 2e-3 * np.maximum(epochs - 30, 0) + 0.002 * seed
+    return [[int(e), float(0.28 + 0.3 * np.exp(-e / 6)), float(w)] for e, w in zip(epochs, watched, strict=True)]
+
+
 def finish(folder: Path, trial: dict, **changes) -> None:
     """Write the file of one trial of the plan."""
     columns = trial["columns"]
@@ -127,6 +135,7 @@ def finish(folder: Path, trial: dict, **changes) -> None:
         **{"name": trial["name"], **columns, "imbalance": level + 0.002, "train_conditions": 500, "train_cells": 30000},
         **{"epochs": 40 if gradient else 0, "fit_seconds": 21.5 + seed if gradient else 0.4, "predict_seconds": 0.6},
         **{"score_seconds": 1.9, "peak_memory_mb": 812.0, "host": "node-1", "started": "2026-11-22T09:00:00+00:00"},
+        **{"parameters": 51_200 if gradient else 0, "curve": json.dumps(fake_curve(seed) if gradient else [])},
         **{"ended": "2026-11-22T09:01:00+00:00", "perturbray": "0.1.0", "ray": "2.50.0", "torch": "2.8.0"},
     }
     rows = fake_rows(model, level, seed)

@@ -256,7 +256,7 @@ def test_the_page_says_how_far_models_are_between_floor_and_ceiling(page):
 
 
 def test_two_figures_on_a_page_share_no_id(page):
-    assert len([tag for tag, _ in page.tags if tag == "svg"]) == 2
+    assert len([tag for tag, _ in page.tags if tag == "svg"]) > 2
     assert len(page.ids) == len(set(page.ids))
     assert {link.removeprefix("#") for link in page.links} <= set(page.ids)
 

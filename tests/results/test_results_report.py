@@ -4,11 +4,12 @@ import re
 import xml.etree.ElementTree as ET
 from html.parser import HTMLParser
 
+import numpy as np
 import pytest
-from fake_sweep import MODELS, fake_plan, fake_sweep, finish
+from fake_sweep import MODELS, anchored_sweep, fake_plan, fake_sweep, finish
 
 from perturbray.errors import InputError
-from perturbray.results import plots, table
+from perturbray.results import plots, scatter, sections, table
 from perturbray.results.report import render, write_report
 from perturbray.results.summary import summarise
 
@@ -95,6 +96,101 @@ def test_scrolling_regions_can_be_reached_from_the_keyboard(whole):
     regions = [attributes for _, attributes in whole.tags if attributes.get("class") == "wide"]
     assert regions
     assert all(attributes.get("tabindex") == "0" and attributes.get("aria-label") for attributes in regions)
+
+
+def test_the_page_prints_what_became_of_claims(whole):
+    assert "C10: Imbalance hurts every model. (slides)" in whole.words
+    assert "C11: Imbalance hurts latent additive most." in whole.words
+    said = r"(✓ holds|\? the data cannot tell) ?: From imbalance 0\.00 to 0\.30, with 500 training conditions at both, the RMSE of "
+    assert re.search(said, whole.words)
+    assert "C1:" not in whole.words, "there are no combinations"
+    assert "C7:" not in whole.words, "there are no amounts of data"
+
+
+def test_series_that_share_no_letter_differ_and_the_page_says_how(whole, whole_folder):
+    found = summarise(table.read(whole_folder), table.read_plan(whole_folder)).means
+    at = found[(found["metric"] == "rmse/average") & (found["level"] == 0) & (found["stratum"] == "common")]
+    letters = at.set_index("series")["letters"]
+    assert not set(letters["no_change"]) & set(letters["latent_additive"])
+    assert "all pairs of a column are compared on the same conditions" in whole.words
+    for text in letters:
+        assert text in whole.words
+
+
+def test_conditions_stand_beside_the_best_baseline_by_name(whole):
+    dots = [attributes for _, attributes in whole.tags if attributes.get("class") == "dot"]
+    assert len(dots) == 2 * 5 * 162  # a score and a rank of five models
+    assert any(re.fullmatch(r"MCF7 · drug0\d\d: 0\.\d+ against 0\.\d+", text) for text in whole.text)
+    reached = [attributes for attributes in dots if attributes.get("tabindex") == "0"]
+    assert len(reached) == 2 * 5 * 6
+    assert all(attributes["aria-label"] for attributes in reached)
+
+
+def test_a_dot_stands_where_its_condition_scores(summary):
+    (by_rmse, _) = scatter.views(summary)
+    plot = by_rmse["open"][0]
+    cube, reference = summary.cube, re.match(r"against (\w+)", plot["caption"])[1]
+    own, other = (
+        cube.values[:, cube.find(metric="rmse/average", level=0.0, series=name)] for name in (plot["series"], reference)
+    )
+    better = int((own < other).sum())
+    assert f"better in {better} of {len(own)} conditions" in plot["caption"]
+    found = re.findall(
+        r'cx="([\d.]+)" cy="([\d.]+)" r="3"/><text [^>]*>([^<:]+): ([\d.]+) against ([\d.]+)<', str(plot["svg"])
+    )
+    assert len(found) == len(own)
+    value = dict(zip(cube.names, zip(own, other, strict=True), strict=True))
+    for _, _, name, mine, its in found:
+        assert (float(mine), float(its)) == pytest.approx(value[name], abs=5e-4)
+    x, y = np.array([[float(cx), float(cy)] for cx, cy, *_ in found]).T
+    assert np.corrcoef(x, [value[name][1] for _, _, name, *_ in found])[0, 1] == pytest.approx(1, abs=1e-4)
+    assert np.corrcoef(y, [value[name][0] for _, _, name, *_ in found])[0, 1] == pytest.approx(-1, abs=1e-4)
+
+
+def test_learning_curves_and_what_a_model_cost_are_on_the_page(whole, summary):
+    assert "Learning curves" in whole.words
+    assert "in all, min" in whole.words
+    figure = plots.curves(summary)
+    panels = [axes for axes in figure.axes if axes.get_visible()]
+    assert [axes.get_title(loc="left") for axes in panels] == [name for name in MODELS if name not in summary.baselines]
+    best = [line.get_xdata() for line in panels[0].lines if line.get_marker() != "None"]
+    assert [int(x[0]) if np.ndim(x) else int(x) for x in best] == [30, 30]  # a line a seed
+    cost = sections.cost(summary)
+    row = next(row for row in cost["rows"] if row[0] == "decoder")
+    spent = summary.trials.loc[
+        summary.trials["series"] == "decoder", ["fit_seconds", "predict_seconds", "score_seconds"]
+    ]
+    assert row[-2] == f"{spent.to_numpy().sum() / 60:.1f}"
+    assert row[cost["columns"].index("parameters")] == "51,200"
+
+
+def test_variants_of_a_model_are_compared_in_pairs(tmp_path):
+    plan = fake_plan(models=["no_change", "decoder"], levels=(0.0, 0.3), seeds=2)
+    for trial in [trial for trial in plan["trials"] if trial["columns"]["model"] == "decoder"]:
+        columns = {**trial["columns"], "model.width": 256}
+        plan["trials"].append({"key": f"{trial['key']}w", "name": f"{trial['name']} wide", "columns": columns})
+    table.write_plan(tmp_path, plan)
+    for trial in plan["trials"]:
+        wide = trial["columns"].get("model.width") == 256
+        finish(tmp_path, trial, **({"value": lambda rows: rows["value"] + 0.05} if wide else {}))
+    found = summarise(table.read(tmp_path), plan)
+    low, high = sections.variants(found)
+    assert [row[:2] for row in low["rows"]] == [["decoder (width 256)", "decoder (width 128)"]]
+    assert low["rows"][0][2].startswith("▼ +0.05")  # RMSE, of which less is better
+    assert low["rows"][0][3].startswith("▲ +0.05")
+    assert "▼" in high["rows"][0][2]
+    assert sections.variants(summarise(table.read(tmp_path, keys=[t["key"] for t in plan["trials"][:8]]), plan)) == []
+
+
+def test_floor_and_ceiling_stand_on_every_axis(tmp_path):
+    anchored_sweep(tmp_path / "s", levels=(0.0, 0.3), seeds=1)
+    found = summarise(
+        table.read(tmp_path / "s"), table.read_plan(tmp_path / "s"), anchors=table.read_anchors(tmp_path / "s")
+    )
+    for axes in plots.against_x(found).axes:
+        named = " ".join(text.get_text() for text in axes.texts)
+        assert "ceiling" in named
+        assert "floor" in named or "chance 0.5" in named  # the mean response ranks at chance
 
 
 def test_known_truth_is_held_against_what_was_measured(finished_sweep, summary):

@@ -118,9 +118,8 @@ def test_seeds_are_averaged_before_conditions_are_drawn():
     found = of(summarise(pd.concat(seeds), plan()).means, series="model")
     alone = of(summarise(long({"model": base}), plan()).means, series="model")
     assert found["seeds"] == 2
-    assert [found[name] for name in ("mean", "low", "high")] == pytest.approx(
-        [alone[n] for n in ("mean", "low", "high")]
-    )
+    assert found["mean"] == pytest.approx(alone["mean"])
+    assert found["low"] < alone["low"] < alone["high"] < found["high"]  # what seeds do comes on top
     assert found["sd_seeds"] == pytest.approx(np.std([(base + noise).mean(), (base - noise).mean()], ddof=1))
     assert np.isnan(alone["sd_seeds"])
 

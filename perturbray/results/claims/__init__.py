@@ -1,0 +1,1 @@
+"""Claims of the literature as tests of a sweep's table: `claim` is the abstraction, `published` the sixteen."""

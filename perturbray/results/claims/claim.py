@@ -1,0 +1,136 @@
+"""A claim: what it needs, an estimate with its interval, and a sentence; three outcomes. `published` holds the entries.
+
+To add one, add a `Claim` to a sequence of them: its test returns estimates, and where they must lie for it to hold.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from perturbray.results import wording
+from perturbray.results.claims.evidence import Estimate, Evidence, Need
+from perturbray.results.scales import Scale
+from perturbray.results.summary import Summary
+
+HOLDS, FAILS, OPEN = "holds", "does not hold", "the data cannot tell"
+
+
+@dataclass(frozen=True)
+class Region:
+    """Where an estimate lies if the claim holds."""
+
+    low: float = -np.inf
+    high: float = np.inf
+
+    def outcome(self, estimate: Estimate) -> str:
+        """The interval decides: inside, outside, or neither."""
+        if np.isnan(estimate.low):
+            return OPEN
+        if estimate.low > self.low and estimate.high < self.high:
+            return HOLDS
+        return FAILS if estimate.high < self.low or estimate.low > self.high else OPEN
+
+    def turned(self, sign: int) -> "Region":
+        """Of a gain as of a value, where a metric's sign is -1."""
+        return self if sign > 0 else Region(-self.high, -self.low)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Form:
+    """How an estimate is said: where it is surely above 0, surely below, or neither; ``{0}``, ``{1}`` are its subjects."""
+
+    above: str
+    below: str
+    neither: str
+
+    def said(self, estimate: Estimate, digits: int, *, first: bool) -> str:
+        """Up to the end of its interval, whose bracket is left open."""
+        value, low, high = estimate.value, estimate.low, estimate.high
+        signless = self.above == self.below
+        sure = np.isnan(low) or low > 0 or high < 0
+        text = self.neither if not sure or np.isnan(low) else self.above if value > 0 else self.below
+        if sure and value < 0 and not signless and not np.isnan(low):
+            value, low, high = -value, -high, -low
+        sign = not signless and text == self.neither
+        spread = wording.interval(low, high, digits, sign=sign)[1:-1].replace(", ", " to ") or "no interval"
+        lead = "95\N{NO-BREAK SPACE}% interval " if first and spread != "no interval" else ""
+        size = wording.number(value, digits, sign=sign)
+        return f"{text.format(*estimate.subjects, size=size)} ({lead}{spread}"
+
+
+CHANGE = Form(above="of {0} rises by {size}", below="of {0} falls by {size}", neither="of {0} changes by {size}")
+GAP = Form(
+    above="of {0} is higher than that of {1} by {size}",
+    below="of {0} is lower than that of {1} by {size}",
+    neither="of {0} differs from that of {1} by {size}",
+)
+LOSS = Form(
+    above="of {0} loses {size} less than that of {1}",
+    below="of {0} loses {size} more than that of {1}",
+    neither="of {0} changes by {size} against that of {1}",
+)
+LEVEL = Form(above="of {0} is {size}", below="of {0} is {size}", neither="of {0} is {size}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """What was found by one metric: all estimates must lie in the region."""
+
+    lead: str  # "From imbalance 0.00 to 0.30 the cosine"
+    form: Form
+    estimates: Sequence[Estimate]
+    region: Region
+    digits: int
+    beside: Sequence[str] = ()  # further sentences
+
+    @property
+    def outcome(self) -> str:
+        found = {self.region.outcome(estimate) for estimate in self.estimates}
+        return FAILS if FAILS in found else HOLDS if found == {HOLDS} else OPEN
+
+    @property
+    def sentence(self) -> str:
+        """The estimates with their intervals and on what they rest."""
+        parts = [self.form.said(one, self.digits, first=not at) for at, one in enumerate(self.estimates)]
+        seeds = min(estimate.seeds for estimate in self.estimates)
+        conditions = min(estimate.conditions for estimate in self.estimates)
+        counts = f"{seeds} seed{'s' * (seeds != 1)}" + (f", {conditions} conditions" if conditions else "")
+        if len(parts) == 1:
+            text = f"{self.lead} {parts[0]}; {counts})."
+        else:
+            text = f"{self.lead} {'), '.join(parts)}); {counts}; the intervals hold together."
+        return f"{text} The data cannot tell." if self.outcome == OPEN else text
+
+
+@dataclass(frozen=True, kw_only=True)
+class Claim:
+    """Something that was said of models, which a sweep that has what it needs can test."""
+
+    name: str
+    text: str
+    source: str
+    needs: tuple[Need, ...]
+    by: Callable[[Scale], bool]  # the metrics that it is about
+    test: Callable[[Evidence, Scale], Finding | None]
+
+    def lacks(self, evidence: Evidence) -> list[str]:
+        """What it needs and the sweep does not have."""
+        return [need.text for need in self.needs if not need.met(evidence)]
+
+    def judged(self, evidence: Evidence) -> dict[str, Finding]:
+        """By metric; empty where something is lacking."""
+        if self.lacks(evidence):
+            return {}
+        scales = [evidence.summary.scales[name] for name in evidence.summary.headline]
+        found = {scale.name: self.test(evidence, scale) for scale in scales if self.by(scale)}
+        return {name: test for name, test in found.items() if test is not None and test.estimates}
+
+
+def judged(summary: Summary, claims: Sequence[Claim]) -> dict[Claim, dict[str, Finding]]:
+    """The claims that a sweep tests, with what it found by each metric."""
+    if summary.cube is None:
+        return {}
+    evidence = Evidence.of(summary)
+    found = {claim: claim.judged(evidence) for claim in claims}
+    return {claim: tests for claim, tests in found.items() if tests}
