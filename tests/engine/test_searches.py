@@ -244,4 +244,5 @@ def recorded(file: Path) -> dict:
         record.ParseFromString(data)
         updates = [*record.run.config.update, *record.config.update, *record.history.item]
         found |= {one.key or one.nested_key[-1]: json.loads(one.value_json) for one in updates}
+    store.close()
     return found
