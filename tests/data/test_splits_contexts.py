@@ -138,8 +138,8 @@ def test_a_perturbation_that_no_other_context_has_stays_in_training_and_is_count
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"contexts": ()}, "name some of the 6 contexts, and not all"),
-        ({"contexts": tuple(f"covariate_0={line}" for line in LINES)}, "and not all"),
+        ({"contexts": ()}, "name some of the 6 contexts, but not all"),
+        ({"contexts": tuple(f"covariate_0={line}" for line in LINES)}, "but not all"),
         ({"contexts": ("A172",)}, "no context is named 'A172'"),
         ({"contexts": ("A172,none",), "min_train_contexts": 6}, "no perturbation of these is measured in 6 other"),
     ],

@@ -62,7 +62,10 @@ class HeldOutContexts(Drawn):
         if not ((subset == TRAIN) & perturbed).any():
             raise InputError("no perturbation is left to train on; hold out fewer contexts")
         names = {what: self._list(conditions, chosen) for what, chosen in (("test", test), ("val", validation))}
-        notes = [f"held out: {names['test']} for test, {names['val'] or 'none'} for validation"]
+        notes = [
+            f"held out: {names['test']} for test, {names['val'] or 'none'} for validation",
+            *_new(conditions, subset),
+        ]
         if unseen := self._unseen(conditions, subset):
             labels = sorted({str(conditions.perturbation[row]) for row in unseen})
             shown = f"{', '.join(labels[:5])}{', ...' if len(labels) > 5 else ''}"
@@ -127,3 +130,17 @@ class HeldOutContexts(Drawn):
         codes = np.flatnonzero(chosen)
         shown = ", ".join(conditions.context_name(code) for code in codes[:5])
         return shown + (f", ... ({len(codes)} contexts)" if len(codes) > 5 else "")
+
+
+def _new(conditions: Conditions, subset: np.ndarray) -> list[str]:
+    """A sentence about values of covariates that training shows in control cells alone."""
+    levels: dict[bool, set[str]] = {True: set(), False: set()}
+    for row in np.flatnonzero(~conditions.is_control):
+        values = conditions.contexts[conditions.context[row]]
+        levels[subset[row] == TRAIN] |= {f"{c}={v}" for c, v in zip(conditions.covariates, values, strict=True)}
+    if not (new := sorted(levels[False] - levels[True])):
+        return []
+    shown = f"{', '.join(new[:5])}{', ...' if len(new) > 5 else ''}"
+    return [
+        f"training has no perturbed cell of {shown}: what a model learns of such a value it learns from control cells"
+    ]

@@ -21,7 +21,7 @@ class Manual(Drawn):
     label`` (one condition), ``covariate=value`` or ``perturbation=label``; a context is its values joined by ",".
     """
 
-    test: tuple[str, ...]
+    test: tuple[str, ...] = ()
     val: tuple[str, ...] = ()
     unused: tuple[str, ...] = ()
 
@@ -40,7 +40,10 @@ class Manual(Drawn):
                 )
             subset[named] = code
         if not (subset == TEST).any():
-            raise InputError("split.test names no condition: nothing would be judged")
+            raise InputError(
+                "split.test names no condition, so nothing would be judged; name perturbations, contexts, or conditions as "
+                "context: label"
+            )
         if not ((subset == TRAIN) & ~conditions.is_control).any():
             raise InputError("split.test, split.val and split.unused name every condition: none is left to train on")
         return self.finish(conditions, subset)
@@ -55,7 +58,7 @@ class Saved(SplitSpec):
     A condition stands in one subset; control cells may stand in all of them.
     """
 
-    path: str
+    path: str = ""
 
     def content(self) -> dict[str, str]:
         """The file's digest."""

@@ -73,7 +73,7 @@ class Published(SplitSpec):
 @SPLITS.register("transfer_published")
 @dataclass(frozen=True, kw_only=True)
 class PublishedTransfer(Published):
-    """Perturbations in alphabetical order, each held out somewhere until the contexts have their share.
+    """PerturBench's transfer: in alphabetical order each is held out somewhere until the contexts have their share.
 
     So the last ones in the alphabet never are (of sci-Plex 3's 188 drugs 17). With max_contexts above 1 a perturbation may
     be held out in all of its contexts, whatever min_train_contexts says. Controls are cut over all contexts at once,
@@ -113,7 +113,7 @@ class PublishedTransfer(Published):
 @SPLITS.register("combination_published")
 @dataclass(frozen=True, kw_only=True)
 class PublishedCombination(Published):
-    """Combinations drawn in every context by itself, so that one held out here may be trained on there.
+    """PerturBench's combinations: drawn in each context by itself, so one held out here may be trained on there.
 
     Whether their singles are measured is not asked. Controls and lone conditions are dealt as in transfer_published.
     """
@@ -132,7 +132,7 @@ class PublishedCombination(Published):
 @SPLITS.register("inverse_combination_published")
 @dataclass(frozen=True, kw_only=True)
 class PublishedInverseCombination(Published):
-    """Single perturbations drawn in every context by itself, whether they are part of a combination or not.
+    """PerturBench's inverse: singles drawn in each context by itself, whether part of a combination or not.
 
     So some are unseen perturbations, which no combination explains. Of two that share a combination one is held out.
     Controls and lone conditions are dealt as in transfer_published.

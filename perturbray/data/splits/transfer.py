@@ -132,7 +132,7 @@ class TransferInto(Drawn):
     where enough of the contexts that are not named have it.
     """
 
-    contexts: tuple[str, ...]  # values joined by ",", or covariate=value for every context that has it
+    contexts: tuple[str, ...] = ()  # values joined by ",", or covariate=value for every context that has it
     fraction: float = 0.7  # of a named context's perturbations, half for validation, half for test
     min_train_contexts: int = 1  # contexts that are not named, in which a held-out perturbation must be measured
 
@@ -142,7 +142,7 @@ class TransferInto(Drawn):
     def draw(self, conditions: Conditions) -> Split:
         named = contexts_named(conditions, self.contexts, field="split.contexts")
         if not named.any() or named.all():
-            raise InputError(f"split.contexts={self.contexts}: name some of the {len(named)} contexts, and not all")
+            raise InputError(f"split.contexts={self.contexts}: name some of the {len(named)} contexts, but not all")
         perturbed = ~conditions.is_control
         _, code = np.unique(conditions.perturbation, return_inverse=True)
         elsewhere = np.bincount(code[perturbed & ~named[conditions.context]], minlength=code.max() + 1)
