@@ -12,6 +12,7 @@ from perturbray.results.claims import power_law
 from perturbray.results.claims.claim import FAILS, HOLDS, OPEN, Region, judged
 from perturbray.results.claims.evidence import Estimate, Evidence
 from perturbray.results.claims.published import CLAIMS, power_law_of
+from perturbray.results.cube import Cube
 from perturbray.results.summary import summarise
 
 ENERGY = "energy/pca"
@@ -292,18 +293,12 @@ def test_the_exponent_of_a_curve_without_noise_is_found():
 
 def test_the_exponent_lies_in_its_interval():
     hits, widths = 0, []
+    amount = np.array(list(AMOUNTS.values()))
     for seed in range(40):
-        table = rows(
-            {"cpa": growing(0.5, exponent=0.8)},
-            seed=seed,
-            axis="train_conditions",
-            x=AMOUNTS,
-            seeds=3,
-            trial=0.004,
-            noise=0.02,
-        )
-        summary = sweep(table, x="train_conditions")
-        found = power_law_of(Evidence.of(summary), summary.scales[COSINE], "cpa")
+        table = rows({"cpa": growing(0.5, exponent=0.8)}, seed=seed, seeds=3, trial=0.004, noise=0.02)
+        levels = table.assign(series="cpa", level=table["ablation.level"])
+        joint = Cube.of(levels, bootstrap={"resamples": 300, "seed": 0}).joint(np.arange(len(amount)))
+        found = power_law.fit(amount, -joint.means, -joint.draws, -joint.seed_draws, seeds=joint.seeds)
         hits += found.low <= 0.8 <= found.high
         widths.append(found.high - found.low)
     assert hits >= 34
