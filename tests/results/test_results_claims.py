@@ -9,7 +9,7 @@ from simulated_scores import COSINE, RANK, plan, rows
 
 from perturbray.results import intervals
 from perturbray.results.claims import power_law
-from perturbray.results.claims.claim import FAILS, HOLDS, OPEN, Region, judged
+from perturbray.results.claims.claim import FAILS, HOLDS, OPEN, Region, frame, judged
 from perturbray.results.claims.evidence import Estimate, Evidence
 from perturbray.results.claims.published import CLAIMS, power_law_of
 from perturbray.results.cube import Cube
@@ -336,6 +336,24 @@ def test_the_power_law_is_printed_beside_the_slope():
     assert said.startswith("Its distance from the best falls to a floor by a power of the training conditions")
     assert "for cpa (95" in said
     assert none == "No power law for decoder: the error does not surely fall."
+
+
+def test_a_model_whose_predictions_fail_is_left_out_by_name():
+    table = rows({"cpa": at_levels(0.5, 0.1), "decoder": at_levels(0.6, 0.2)}, seed=2)
+    lost = table.index[(table["model"] == "decoder") & (table["condition"] == 3) & (table["ablation.level"] == 0.3)]
+    table.loc[lost, ["value", "status"]] = [np.nan, "failed_prediction"]
+    (finding,) = [f[COSINE] for claim, f in judged(sweep(table, x="imbalance"), CLAIMS).items() if claim.name == "C10"]
+    assert [one.subjects for one in finding.estimates] == [("cpa",)]
+    assert finding.beside == ["Left out, for failed predictions: decoder."]
+
+
+def test_the_frame_of_claims_has_a_row_an_estimate():
+    found = judged(along({"cpa": at_levels(0.5, 0.1), "decoder": at_levels(0.6, 0.2)}), CLAIMS)
+    table = frame(found)
+    assert list(table["claim"]) == ["C10", "C10"]
+    assert list(table["subject"]) == ["cpa", "decoder"]
+    assert (table["low"] < table["value"]).all()
+    assert (table["value"] < table["high"]).all()
 
 
 def test_a_tuned_series_stands_for_its_model_and_an_embedded_one_does_not():
