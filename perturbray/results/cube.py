@@ -180,8 +180,8 @@ class Cube:
             draws[:, pair] = np.subtract(*intervals.resampled(values, **again).T)
         shared, failed, seeds = both.sum(axis=0), self.failed, self.seeds
         estimate[failed[left] | failed[right] | (shared == 0)] = np.nan
-        fewest = np.where(np.minimum(seeds[left], seeds[right]) > 1, np.minimum(seeds[left], seeds[right]), 0)
-        several = np.where(fewest > 0, fewest, np.maximum(seeds[left], seeds[right]))
+        fewer, more = np.minimum(seeds[left], seeds[right]), np.maximum(seeds[left], seeds[right])
+        several = np.where(fewer > 1, fewer, more)  # one seed does not vary, and has no degrees of freedom to count
         of_seeds = self.seed_draws[:, left] - self.seed_draws[:, right]
         return estimate, intervals.nested(draws, of_seeds, several, conditions=shared if tails else None), shared
 

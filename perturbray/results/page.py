@@ -343,7 +343,7 @@ BODY = """\
 <section id="repeat"><h2>Repeat it</h2>
 {% if command %}<pre tabindex="0"><code>{{ command }}</code></pre>{% endif %}
 <p class="soft">Finished trials are not run again; to run one again, delete its Parquet file. The numbers of this page
-are in summary.csv, those by size of effect in strata.csv.</p>
+are in summary.csv, those by size of effect in strata.csv, those of claims in claims.csv.</p>
 {{ terms(versions) }}
 {% if shared %}<details><summary>What all trials share</summary>{{ terms(shared) }}</details>{% endif %}
 <details><summary>All {{ progress.planned }} trials of the plan</summary>{{ grid(listing) }}</details>

@@ -4,10 +4,13 @@ import re
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from types import MappingProxyType
 
 from markupsafe import Markup
 
 from perturbray.results import page, plots, scatter, search, sections, table
+from perturbray.results.claims.claim import Claim, Finding, frame, judged
+from perturbray.results.claims.published import CLAIMS
 from perturbray.results.summary import Summary, summarise
 from perturbray.results.wording import answer, level_name
 
@@ -47,7 +50,8 @@ response by more than 2 standard errors over conditions; elsewhere the metric is
 
 
 def write_report(folder: str | Path, *, reader: table.Reader | None = None, png: bool | None = None) -> Path:
-    """Write ``report.html``, ``figure.svg`` and ``summary.csv`` of a results folder, each atomically; returns the page.
+    """Write ``report.html``, ``figure.svg``, ``summary.csv`` and ``claims.csv`` of a results folder, each atomically; returns
+    the page.
 
     Works from the first finished trial on, and before it. While a sweep runs, pass the same ``reader`` each time, so
     that only new files are read. ``png``: also ``figure.png``; by default once the sweep does not run any more.
@@ -57,6 +61,7 @@ def write_report(folder: str | Path, *, reader: table.Reader | None = None, png:
     rows = (reader or table.Reader(folder)).read()
     summary = summarise(rows, plan, analytic=table.read_reference(folder), anchors=table.read_anchors(folder))
     figure = scaled = curves = None
+    claims: Mapping[Claim, Mapping[str, Finding]] = {}
     if summary.headline:
         running = plan.get("status", {}).get("state") == "running"
         png = not running if png is None else png
@@ -66,12 +71,15 @@ def write_report(folder: str | Path, *, reader: table.Reader | None = None, png:
         drawn = plots.curves(summary)
         curves = None if drawn is None else plots.svg(drawn)
         summary.write(folder / "summary.csv")
+        claims = judged(summary, CLAIMS)
+        table.replace_file(folder / "claims.csv", lambda target: frame(claims).to_csv(target, index=False))
     text = render(
         summary,
         failures=table.failed(folder),
         figure=figure,
         scaled=scaled,
         curves=curves,
+        claims=claims,
         others=rows.attrs["others"],
         searches=search.views(folder),
     )
@@ -87,16 +95,24 @@ def render(
     figure: str | None,
     scaled: str | None = None,
     curves: str | None = None,
+    claims: Mapping[Claim, Mapping[str, Finding]] = MappingProxyType({}),
     others: int = 0,
     searches: Sequence[dict] = (),
 ) -> str:
     """The page as text.
 
-    ``failures``: those of ``table.failed``; ``figure``, ``scaled``, ``curves``: SVG elements; ``others``: number of files
-    of other plans; ``searches``: those of ``search.views``.
+    ``failures``: those of ``table.failed``; ``figure``, ``scaled``, ``curves``: SVG elements; ``claims``: those of
+    ``judged``; ``others``: number of files of other plans; ``searches``: those of ``search.views``.
     """
     view = _view(
-        summary, failures=failures, figure=figure, scaled=scaled, curves=curves, others=others, searches=searches
+        summary,
+        failures=failures,
+        figure=figure,
+        scaled=scaled,
+        curves=curves,
+        claims=claims,
+        others=others,
+        searches=searches,
     )
     return _TEMPLATE.render(view)
 
@@ -108,6 +124,7 @@ def _view(
     figure: str | None,
     scaled: str | None,
     curves: str | None,
+    claims: Mapping[Claim, Mapping[str, Finding]],
     others: int,
     searches: Sequence[dict],
 ) -> dict:
@@ -150,7 +167,7 @@ def _view(
         "figure_caption": sections.figure_caption(summary),
         "board_caption": f"{BOARD} {SCALED}" if bounds else BOARD,
         "levels": sections.levels(summary),
-        "claims": sections.claims(summary) if summary.headline else [],
+        "claims": sections.claims(claims),
         "claims_text": CLAIMED,
         "variants": sections.variants(summary) if summary.headline else [],
         "scatters": scatter.views(summary) if summary.headline else [],

@@ -13,8 +13,7 @@ from perturbray.results.anchors import (
     WEAK_BETTER,
     WEAK_RANGE,
 )
-from perturbray.results.claims.claim import FAILS, HOLDS, OPEN, judged
-from perturbray.results.claims.published import CLAIMS
+from perturbray.results.claims.claim import FAILS, HOLDS, OPEN, Claim, Finding
 from perturbray.results.plots import SHOWN, scalable
 from perturbray.results.scales import Scale
 from perturbray.results.summary import COMMON, Summary, verdicts
@@ -188,10 +187,10 @@ def controls(facts: Mapping) -> str:
     )
 
 
-def claims(summary: Summary) -> list[dict]:
-    """The claims that the sweep tests: those by the first score and the first rank in full, the others folded."""
+def claims(judged: Mapping[Claim, Mapping[str, Finding]]) -> list[dict]:
+    """The claims that a sweep tests: what was found by the first score and the first rank in full, the rest folded."""
     views = []
-    for claim, found in judged(summary, CLAIMS).items():
+    for claim, found in judged.items():
         said = [
             {"mark": OUTCOMES[one.outcome], "outcome": one.outcome, "text": " ".join([one.sentence, *one.beside])}
             for one in found.values()

@@ -44,21 +44,25 @@ def rows(
     for series, by_level in quality.items():
         spread = trial.get(series, 0.01) if isinstance(trial, Mapping) else trial
         mine = own * rng.normal(size=shape)  # what is hard for this model alone
+        facts = {"model": series, "name": series, **(models or {}).get(series, {})}
         for level, value in (by_level if isinstance(by_level, Mapping) else {0.0: by_level}).items():
-            for number in range(seeds):
-                score = value + hard + mine + spread * rng.normal() + noise * rng.normal(size=shape)
-                facts = {"model": series, **(models or {}).get(series, {}), **columns}
-                parts.append(
-                    pd.DataFrame(
-                        {
-                            **{"key": f"{series}-{level:g}-{number}", "name": series, "seed": number, **facts},
-                            **{"ablation.level": level, axis: level if x is None else x[level]},
-                            **{"covariate.line": context.astype(str), "perturbation": names[label]},
-                            **{"stratum": "common", "metric": metric, "condition": np.arange(label.size)},
-                            **{"value": score.ravel(), "status": ""},
-                        }
-                    )
+            draws = spread * rng.normal(size=(seeds, 1, 1)) + noise * rng.normal(size=(seeds, *shape))
+            numbers = np.repeat(np.arange(seeds), label.size)
+            parts.append(
+                pd.DataFrame(
+                    {
+                        "key": np.repeat([f"{series}-{level:g}-{number}" for number in range(seeds)], label.size),
+                        **{"seed": numbers, **facts, "ablation.level": level, axis: level if x is None else x[level]},
+                        **{"covariate.line": np.tile(context.astype(str), seeds)},
+                        **{
+                            "perturbation": np.tile(names[label], seeds),
+                            "condition": np.tile(np.arange(label.size), seeds),
+                        },
+                        **{"stratum": "common", "metric": metric, "status": "", **columns},
+                        "value": (value + hard + mine + draws).ravel(),
+                    }
                 )
+            )
     return pd.concat(parts, ignore_index=True)
 
 

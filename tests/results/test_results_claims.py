@@ -9,9 +9,10 @@ from simulated_scores import COSINE, RANK, plan, rows
 
 from perturbray.results import intervals
 from perturbray.results.claims import power_law
-from perturbray.results.claims.claim import FAILS, HOLDS, OPEN, Region, judged
+from perturbray.results.claims.claim import FAILS, HOLDS, OPEN, Region, frame, judged
 from perturbray.results.claims.evidence import Estimate, Evidence
 from perturbray.results.claims.published import CLAIMS, power_law_of
+from perturbray.results.cube import Cube
 from perturbray.results.summary import summarise
 
 ENERGY = "energy/pca"
@@ -292,18 +293,12 @@ def test_the_exponent_of_a_curve_without_noise_is_found():
 
 def test_the_exponent_lies_in_its_interval():
     hits, widths = 0, []
+    amount = np.array(list(AMOUNTS.values()))
     for seed in range(40):
-        table = rows(
-            {"cpa": growing(0.5, exponent=0.8)},
-            seed=seed,
-            axis="train_conditions",
-            x=AMOUNTS,
-            seeds=3,
-            trial=0.004,
-            noise=0.02,
-        )
-        summary = sweep(table, x="train_conditions")
-        found = power_law_of(Evidence.of(summary), summary.scales[COSINE], "cpa")
+        table = rows({"cpa": growing(0.5, exponent=0.8)}, seed=seed, seeds=3, trial=0.004, noise=0.02)
+        levels = table.assign(series="cpa", level=table["ablation.level"])
+        joint = Cube.of(levels, bootstrap={"resamples": 300, "seed": 0}).joint(np.arange(len(amount)))
+        found = power_law.fit(amount, -joint.means, -joint.draws, -joint.seed_draws, seeds=joint.seeds)
         hits += found.low <= 0.8 <= found.high
         widths.append(found.high - found.low)
     assert hits >= 34
@@ -341,6 +336,24 @@ def test_the_power_law_is_printed_beside_the_slope():
     assert said.startswith("Its distance from the best falls to a floor by a power of the training conditions")
     assert "for cpa (95" in said
     assert none == "No power law for decoder: the error does not surely fall."
+
+
+def test_a_model_whose_predictions_fail_is_left_out_by_name():
+    table = rows({"cpa": at_levels(0.5, 0.1), "decoder": at_levels(0.6, 0.2)}, seed=2)
+    lost = table.index[(table["model"] == "decoder") & (table["condition"] == 3) & (table["ablation.level"] == 0.3)]
+    table.loc[lost, ["value", "status"]] = [np.nan, "failed_prediction"]
+    (finding,) = [f[COSINE] for claim, f in judged(sweep(table, x="imbalance"), CLAIMS).items() if claim.name == "C10"]
+    assert [one.subjects for one in finding.estimates] == [("cpa",)]
+    assert finding.beside == ["Left out, for failed predictions: decoder."]
+
+
+def test_the_frame_of_claims_has_a_row_an_estimate():
+    found = judged(along({"cpa": at_levels(0.5, 0.1), "decoder": at_levels(0.6, 0.2)}), CLAIMS)
+    table = frame(found)
+    assert list(table["claim"]) == ["C10", "C10"]
+    assert list(table["subject"]) == ["cpa", "decoder"]
+    assert (table["low"] < table["value"]).all()
+    assert (table["value"] < table["high"]).all()
 
 
 def test_a_tuned_series_stands_for_its_model_and_an_embedded_one_does_not():

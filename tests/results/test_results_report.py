@@ -101,7 +101,7 @@ def test_scrolling_regions_can_be_reached_from_the_keyboard(whole):
 def test_the_page_prints_what_became_of_claims(whole):
     assert "C10: Imbalance hurts every model. (slides)" in whole.words
     assert "C11: Imbalance hurts latent additive most." in whole.words
-    said = r"(✓ holds|\? the data cannot tell) ?: From imbalance 0\.00 to 0\.30, with 500 training conditions at both, the RMSE of "
+    said = r"(✓ holds|\? the data cannot tell) ?: From imbalance 0\.00 to 0\.30, with 500 training conditions at both, the RMSE"
     assert re.search(said, whole.words)
     assert "C1:" not in whole.words, "there are no combinations"
     assert "C7:" not in whole.words, "there are no amounts of data"

@@ -3,10 +3,11 @@
 To add one, add a `Claim` to a sequence of them: its test returns estimates, and where they must lie for it to hold.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
+import pandas as pd
 
 from perturbray.results import wording
 from perturbray.results.claims.evidence import Estimate, Evidence, Need
@@ -124,7 +125,14 @@ class Claim:
             return {}
         scales = [evidence.summary.scales[name] for name in evidence.summary.headline]
         found = {scale.name: self.test(evidence, scale) for scale in scales if self.by(scale)}
-        return {name: test for name, test in found.items() if test is not None and test.estimates}
+        found = {name: finding for name, finding in found.items() if finding is not None and finding.estimates}
+        return {name: _beside_failed(finding, evidence.failed(name)) for name, finding in found.items()}
+
+
+def _beside_failed(finding: Finding, failed: Sequence[str]) -> Finding:
+    if not failed:
+        return finding
+    return replace(finding, beside=[*finding.beside, f"Left out, for failed predictions: {wording.listed(failed)}."])
 
 
 def judged(summary: Summary, claims: Sequence[Claim]) -> dict[Claim, dict[str, Finding]]:
@@ -134,3 +142,19 @@ def judged(summary: Summary, claims: Sequence[Claim]) -> dict[Claim, dict[str, F
     evidence = Evidence.of(summary)
     found = {claim: claim.judged(evidence) for claim in claims}
     return {claim: tests for claim, tests in found.items() if tests}
+
+
+def frame(found: Mapping[Claim, Mapping[str, Finding]]) -> pd.DataFrame:
+    """A row an estimate, for other programs."""
+    return pd.DataFrame(
+        [
+            {
+                **{"claim": claim.name, "metric": metric, "outcome": finding.outcome},
+                **{"subject": " - ".join(one.subjects), "value": one.value, "low": one.low, "high": one.high},
+                **{"seeds": one.seeds, "conditions": one.conditions, "sentence": finding.sentence},
+            }
+            for claim, findings in found.items()
+            for metric, finding in findings.items()
+            for one in finding.estimates
+        ]
+    )

@@ -94,6 +94,11 @@ class Evidence:
         found = [place(self.cube, column) for column in columns]
         return None not in found and not self.cube.failed[found].any()
 
+    def failed(self, metric: str) -> list[str]:
+        """Series with a failed prediction by a metric, at whatever level: claims leave them out, and say so."""
+        broken = self.cube.failed & (self.cube.columns["metric"] == metric).to_numpy()
+        return sorted(set(self.cube.columns.loc[broken, "series"]))
+
     def estimates(
         self,
         subjects: Sequence[tuple[str, ...]],

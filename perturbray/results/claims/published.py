@@ -261,11 +261,6 @@ def power_law_of(evidence: Evidence, scale: Scale, series: str) -> power_law.Pow
     return power_law.fit(levels["x"].to_numpy(float), value, inside, between, seeds=joint.seeds)
 
 
-def _best_with_data(evidence: Evidence, scale: Scale) -> Finding:
-    """C8: at the most data latent additive is best."""
-    return _versus(_against_all)(evidence, scale)
-
-
 def _never_below(evidence: Evidence, scale: Scale) -> Finding:
     """C9: at the most data."""
     columns = [(scale.name, evidence.base, evidence.main[model]) for model in evidence.models]
@@ -476,7 +471,13 @@ CLAIMS = (
     ),
     _claim("C7", "Performance rises with training data.", SLIDES, _means, _rises, DATA),
     _claim(
-        "C8", "With the most data latent additive is the best.", SLIDES, _means, _best_with_data, DATA, _models(LATENT)
+        "C8",
+        "With the most data latent additive is the best.",
+        SLIDES,
+        _means,
+        _versus(_against_all),
+        DATA,
+        _models(LATENT),
     ),
     _claim("C9", f"No model ranks below {RANK_LEAST}, even with the most data.", PAPER, _rank, _never_below, DATA),
     _claim("C10", "Imbalance hurts every model.", SLIDES, _means, _harm, IMBALANCE),
