@@ -309,6 +309,28 @@ def _run(sweep: "Sweep", folder: Path, arguments: argparse.Namespace, plugins: t
     return 0
 
 
+MOST_TASKS = 8  # whose sizes a dry run says beside the table of the first
+
+
+def _tasks(plan) -> list[str]:
+    """What is held out: the first split of every dataset as a table, the others in a line each."""
+    from perturbray.data.splits.summary import summary, title, totals
+    from perturbray.plan import task_of
+
+    tasks: dict[tuple, tuple[dict, str]] = {}
+    for trial in plan.trials.values():
+        taken = "" if trial.ablation is None else trial.name.partition(", ")[2]
+        tasks.setdefault((trial.dataset, trial.split, taken), (plan.splits[task_of(trial)].record, taken))
+    lines: list[str] = []
+    for spec in plan.conditions:
+        first, *others = [found for (dataset, _, _), found in tasks.items() if dataset == spec]
+        lines += summary(first[0], taken=first[1]).splitlines()
+        lines += [f"{title(record, taken=taken)}: {totals(record)}" for record, taken in others[:MOST_TASKS]]
+        if len(others) > MOST_TASKS:
+            lines.append(f"... and {len(others) - MOST_TASKS} further splits")
+    return lines
+
+
 def _print_plan(plan, terminal) -> None:
     from rich.text import Text
 
@@ -322,6 +344,8 @@ def _print_plan(plan, terminal) -> None:
             f"{len(conditions.perturbations)} perturbations, {len(conditions.contexts)} contexts; "
             f"{plan.normalisation(spec).text}"
         )
+    for text in _tasks(plan):
+        terminal.line(text)
     width = max(len(trial.name) for trial in plan.trials.values())
     rows = [(f"{'key':16}  {'trial':{width}}  state", "bold")]
     for key, trial in plan.trials.items():

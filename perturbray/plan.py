@@ -1,6 +1,7 @@
 """Plan: a sweep on its data. Which trials there are, by key, which are finished, and what they are held against."""
 
 import hashlib
+import json
 import platform
 import time
 from dataclasses import dataclass, field
@@ -159,6 +160,9 @@ class Plan:
             },
             "baselines": list(self.sweep.baselines),
             "notes": list(self.sweep.notes),
+            "splits": list(
+                {json.dumps(split.record, sort_keys=True): split.record for split in self.splits.values()}.values()
+            ),
             "anchors": sorted(self.anchors),
             "controls": self.sweep.controls,
             "cells": self.sweep.cells if self.sweep.needs_cells else 0,

@@ -125,6 +125,15 @@ def grid(bases: Trial | Iterable[Trial], axes: Mapping[str, Sequence[Any]]) -> t
     return tuple(base.override(changes) for base in bases for changes in combinations)
 
 
+def balanced(trials: Iterable[Trial]) -> tuple[Trial, ...]:
+    """Those trials whose model trains in epochs, with contexts drawn equally often, as a variant of their own."""
+    return tuple(
+        replace(trial, training=replace(trial.training, balance=True), variant="balanced")
+        for trial in trials
+        if trial.model.learning == "gradient"
+    )
+
+
 def _check_path(path: str, trials: Sequence[Trial]) -> None:
     paths = {p for t in trials for p in t.paths()}
     if path not in paths:

@@ -18,7 +18,7 @@ import torch
 from perturbray.data.ablations import ABLATIONS, AblationSpec
 from perturbray.data.batches import BatchStream, Cells
 from perturbray.data.dataset import Conditions, DatasetSpec
-from perturbray.data.splits import SPLITS, TEST, TRAIN, VAL, CovariateTransfer, Split, SplitSpec
+from perturbray.data.splits import SPLITS, TEST, TRAIN, VAL, CovariateTransfer, Split, SplitSpec, checked
 from perturbray.data.truth import observe
 from perturbray.data.vocabulary import Vocabulary
 from perturbray.errors import InputError, nearest
@@ -48,8 +48,7 @@ class Trial:
         """For people: the model, what was taken away, the seed."""
         parts = [MODELS.name_of(self.model) + (f" ({self.variant})" if self.variant else "")]
         if self.ablation is not None:
-            level = getattr(self.ablation, "level", getattr(self.ablation, "counts", ""))
-            parts.append(f"{ABLATIONS.name_of(self.ablation)} {level}")
+            parts.append(f"{ABLATIONS.name_of(self.ablation)} {self.ablation.shown}".rstrip())
         return ", ".join([*parts, f"seed {self.seed}"])
 
     def key(self, fingerprint: str, *, judged: Sequence[str] = ()) -> str:
@@ -132,7 +131,8 @@ class Trial:
         """The split with the ablation applied."""
         if self.ablation is None:
             return self.split.split(conditions)
-        return self.ablation.apply(conditions, self.split, seed=self.seed)
+        split = self.ablation.apply(conditions, self.split, seed=self.seed)
+        return checked(conditions, split, apart=self.split.apart, name=ABLATIONS.name_of(self.ablation))
 
 
 @dataclass(frozen=True, kw_only=True)

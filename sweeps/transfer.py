@@ -21,16 +21,22 @@ MODELS = (
     "sams_vae_s",
     "biolord_star",
 )
+OPTIONS = {
+    "split": (
+        "transfer",
+        "the task, e.g. held_out_contexts; fields with --set split.FIELD=; see `perturbray list splits`",
+    )
+}
 
 
-def transfer(dataset: pr.DatasetSpec, models: list[pr.ModelSpec]) -> pr.Sweep:
+def transfer(dataset: pr.DatasetSpec, models: list[pr.ModelSpec], split: str) -> pr.Sweep:
     """Baselines and models x seeds on one split."""
     baselines = [pr.MODELS[name]() for name in BASELINES]
     return pr.Sweep(
-        name="transfer",
+        name=split,
         question=__doc__.splitlines()[0],
         trials=[
-            pr.Trial(dataset=dataset, model=model, seed=seed)
+            pr.Trial(dataset=dataset, model=model, split=pr.SPLITS[split](), seed=seed)
             for seed in SEEDS
             for model in dict.fromkeys([*baselines, *models])
         ],
@@ -43,4 +49,4 @@ def transfer(dataset: pr.DatasetSpec, models: list[pr.ModelSpec]) -> pr.Sweep:
 
 
 if __name__ == "__main__":
-    pr.main(transfer, models=MODELS)
+    pr.main(transfer, models=MODELS, options=OPTIONS)

@@ -1,11 +1,17 @@
-"""Trials of models that read cells as rows of obsm: from a file to a prediction, by way of the store."""
+"""Trials of models that read cells as rows of obsm: from a file to a prediction, by way of the store and of a model's file."""
+
+from itertools import combinations
 
 import anndata as ad
 import numpy as np
 import pytest
 
 import perturbray as pr
+from perturbray.counterfactual.cells import effects
+from perturbray.counterfactual.controls import Controls
 from perturbray.data import store
+from perturbray.engine import _keep as store_model
+from perturbray.training.fitted import Fitted
 from perturbray.trial import run
 
 
@@ -41,3 +47,23 @@ def test_a_trial_that_reads_rows_of_other_cells_does_not(screen):
 def test_a_trial_without_the_matrix_that_it_needs_ends_before_training(screen):
     with pytest.raises(pr.InputError, match=r"no obsm matrix 'X_pca'"):
         predicted(screen, "X_pca")
+
+
+def ranked(dataset, embedding, folder):
+    """Effects of every pair of two perturbations, from the file of a model that a trial fitted."""
+    conditions = store.conditions(dataset)
+    found = store.ingest(dataset, conditions)
+    model = pr.LatentAdditive(width=16, latent_dim=4, dropout=0.0, embedding=embedding)
+    trial = pr.Trial(dataset=dataset, model=model, training=pr.Training(epochs=2, batch_size=128))
+    path = folder / f"{embedding or 'genes'}.pt"
+    store_model(run(trial, found.cells(), conditions), trial, conditions, None, path)
+    fitted = Fitted.load(str(path))
+    controls = Controls.read(dataset.path, fitted, most=20)
+    singles = sorted({single for pair in conditions.singles for single in pair})[:4]
+    asked = [(context, pair) for context in range(len(controls.contexts)) for pair in combinations(singles, 2)]
+    return np.stack(list(effects(fitted, controls, asked)))
+
+
+def test_a_model_of_obsm_predicts_new_pairs_from_the_controls_own_rows(screen, tmp_path):
+    np.testing.assert_array_equal(ranked(screen, "X_self", tmp_path), ranked(screen, "", tmp_path))
+    assert np.abs(ranked(screen, "X_other", tmp_path) - ranked(screen, "", tmp_path)).max() > 1e-3

@@ -11,7 +11,7 @@ from perturbray.errors import InputError
 from perturbray.metrics.metric import Metric
 from perturbray.models.published import SEARCHED
 from perturbray.search import PAPER, Halving, Objective, Search, Tuned, own_values, searches
-from perturbray.space import Choice, LogUniform, When
+from perturbray.space import Choice, LogUniform, When, draw
 
 BASE = pr.Trial(dataset=pr.DatasetSpec(path="screen.h5ad"), model=pr.LatentAdditive(), training=pr.Training(epochs=27))
 SPACE = {"model.width": Choice(64, 128), "training.lr": LogUniform(1e-4, 1e-2)}
@@ -121,7 +121,7 @@ def test_every_model_with_a_space_can_be_searched_by_its_name(name, kind):
     base = replace(BASE, model=pr.MODELS[name]())
     (search,) = searches([base], space=kind)
     rng = np.random.default_rng(0)
-    trial = search.trial({path: part.sample(rng) for path, part in search.space.items()})
+    trial = search.trial(draw(search.space, rng))
     assert type(trial.model) is type(base.model)
     assert trial.key("") != base.key("")
 

@@ -27,7 +27,7 @@ from perturbray.trial import Trial, convert, run
 BASE = Trial(dataset=DatasetSpec(path="screen.h5ad"), model=LatentAdditive(), ablation=Imbalance(level=0.1), seed=1)
 
 
-def other(value):
+def other(value, hint):
     """Another value of the same type that a field may have."""
     match value:
         case bool():
@@ -39,7 +39,7 @@ def other(value):
         case str():
             return {"auto": "log1p", "random": "fixed"}.get(value, value + "x")
         case None:
-            return "counts"
+            return 0 if hint == int | None else "counts"
         case tuple():
             return value[::-1] if len(set(value)) > 1 else (*value, "x")
     raise AssertionError(value)
@@ -51,7 +51,7 @@ def variations() -> dict[str, Trial]:
     for part in ("dataset", "split", "ablation", "model", "training"):
         spec = getattr(BASE, part)
         for field in dataclasses.fields(spec):
-            changed = replace(spec, **{field.name: other(getattr(spec, field.name))})
+            changed = replace(spec, **{field.name: other(getattr(spec, field.name), field.type)})
             found[f"{part}.{field.name}"] = replace(BASE, **{part: changed})
     return found
 
@@ -72,7 +72,7 @@ def test_a_key_changes_with_the_content_of_the_dataset_and_with_the_kind_of_each
         BASE.key("content"),
         BASE.key("other content"),
         replace(BASE, model=NoChange()).key("content"),
-        replace(BASE, model=MeanShift()).key("content"),  # a spec without fields, as the one before
+        replace(BASE, model=MeanShift()).key("content"),
         replace(BASE, ablation=None).key("content"),
         replace(BASE, ablation=PublishedImbalance()).key("content"),
     ]
@@ -350,10 +350,12 @@ class Without(SplitSpec):
 
     labels: tuple[str, ...]
 
-    def split(self, conditions):
+    def draw(self, conditions):
         split = CovariateTransfer().split(conditions)
         held = np.isin(conditions.perturbation, self.labels)
-        return replace(split, condition=np.where(held, TEST, split.condition).astype(np.int8))
+        condition = np.where(held, TEST, split.condition).astype(np.int8)
+        cell = np.where(held[conditions.cell_condition], TEST, split.cell).astype(np.int8)
+        return replace(split, condition=condition, cell=cell)
 
 
 def test_a_model_is_refused_a_task_with_perturbations_that_it_cannot_know(screen):

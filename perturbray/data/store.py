@@ -30,6 +30,7 @@ from perturbray.data import ingest as made
 from perturbray.data import matrix
 from perturbray.data.dataset import Conditions, DatasetSpec, Group, conditions_of, obs_table, open_screen
 from perturbray.data.rows import Rows, index_type
+from perturbray.data.shards import COLUMNS
 from perturbray.errors import InputError, nearest
 
 VERSION = 1  # of the layout; a store of another is made again
@@ -98,7 +99,7 @@ class Store:
 
     def shard(self, number: int) -> Rows:
         """The rows of one shard, mapped."""
-        arrays = (self._array(f"{number:05d}.{name}.npy") for name in made.COLUMNS)
+        arrays = (self._array(f"{number:05d}.{name}.npy") for name in COLUMNS)
         return Rows(*arrays, genes=self.genes)
 
     def cells(self) -> "Cells":  # noqa: F821  # imports torch
@@ -342,15 +343,15 @@ def _root(say: Say) -> Path:
 
 @contextmanager
 def _alone(root: Path, name: str, say: Say = lambda _: None) -> Iterator[None]:
-    """Keep other processes from making the stores of a path. Without locks on a file system, the last one wins."""
+    """Keep other processes from making the stores of a path. Where a file system has no locks, the last one wins."""
     with open(root / f".{name}.lock", "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             say("another process is reading the same file: waiting for its store")
             fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError:
-            pass
+        except OSError as error:
+            say(f"{root} has no file locks ({error.strerror}): two processes that begin at once each make the store")
         yield
 
 

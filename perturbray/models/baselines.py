@@ -20,6 +20,7 @@ from perturbray.models.base import MODELS, Learning, Model, ModelSpec, Need, Str
 
 EVERYTHING: tuple[Unseen, ...] = ("combination", "perturbation", "context")
 MISSING = ("transfer", "zero", "error")
+WEIGHTS = ("equal", "cells", "similarity")
 
 
 class ConditionMeans(StreamingModel):
@@ -148,24 +149,48 @@ class PerturbedMeanGlobal(ModelSpec):
 
 
 class MeanShiftNet(ConditionMeans):
-    def __init__(self, vocabulary: Vocabulary) -> None:
+    def __init__(self, vocabulary: Vocabulary, spec: "MeanShift | None" = None) -> None:
         super().__init__(vocabulary)
+        self.spec = spec or MeanShift()
         _, label = torch.unique(self.multi_hot, dim=0, return_inverse=True)
         self.register_buffer("label", label, persistent=False)
 
     def profiles(self, means: Tensor, effects: Tensor, control: Tensor) -> Tensor:
-        labels = int(self.label.max()) + 1
-        total = means.new_zeros(labels, means.shape[1])
-        total.index_add_(0, self.label[self.is_train], effects[self.is_train])
-        times = torch.bincount(self.label[self.is_train], minlength=labels)
-        shift = total / times.clamp(min=1).unsqueeze(1)
-        shift[times == 0] = effects[self.is_train].mean(0)  # a label without training: the mean effect
-        shift = shift[self.label]
+        rows, shift = self.is_train.nonzero().ravel(), torch.zeros_like(effects)
+        weight = self.cells[rows] if self.spec.weights == "cells" else torch.ones_like(self.cells[rows])
+        shrunk = self._by_label(rows, self.cells[rows])
+        shrunk = shrunk / (shrunk + self.spec.shrinkage).clamp(min=1)
+        if self.spec.weights != "similarity":
+            shift = self._average(rows, weight, effects)[self.label]
+        else:
+            alike = likeness(control)[:, self.context[rows]]
+            for context in range(self.contexts):
+                here = self.context == context
+                shift[here] = self._average(rows, weight * alike[context], effects)[self.label[here]]
+        seen = self._by_label(rows, torch.ones_like(weight)) > 0
+        shift = shift * torch.where(seen, shrunk, 1.0)[self.label].unsqueeze(1)
         shift[self.is_control] = 0
         return shift
 
+    def _by_label(self, rows: Tensor, values: Tensor) -> Tensor:
+        """(labels, ...) sums over training conditions of one label, whatever their context."""
+        total = values.new_zeros(int(self.label.max()) + 1, *values.shape[1:])
+        return total.index_add_(0, self.label[rows], values)
+
+    def _average(self, rows: Tensor, weight: Tensor, effects: Tensor) -> Tensor:
+        """(labels, genes) weighted means of effects; of a label without training the mean effect."""
+        total, share = self._by_label(rows, weight.unsqueeze(1) * effects[rows]), self._by_label(rows, weight)
+        return torch.where(share.unsqueeze(1) > 0, total / share.unsqueeze(1), effects[rows].mean(0))
+
     def predict(self, batch: Batch) -> Tensor:
         return batch.control + self.profile[batch.condition]
+
+
+def likeness(control: Tensor) -> Tensor:
+    """(contexts, contexts) how alike control means are: exp(-d² / 2 mean d²) of their squared distances d²."""
+    squared = (control.unsqueeze(1) - control).square().sum(-1)
+    apart = squared[~torch.eye(len(control), dtype=torch.bool, device=control.device)]
+    return torch.exp(-squared / (2 * apart.mean())) if apart.any() else torch.ones_like(squared)
 
 
 @MODELS.register("mean_shift")
@@ -177,8 +202,19 @@ class MeanShift(ModelSpec):
     learning: ClassVar[Learning] = "one pass"
     unseen: ClassVar[tuple[Unseen, ...]] = ("context",)
 
+    weights: str = (
+        "equal"  # of contexts in the mean; cells: by the condition's; similarity: by likeness of control means
+    )
+    shrinkage: float = 0.0  # cells k: an effect from n training cells counts n / (n + k)
+
+    def __post_init__(self) -> None:
+        if self.weights not in WEIGHTS:
+            raise InputError(f"model.weights={self.weights!r}: {nearest(self.weights, WEIGHTS)}")
+        if not self.shrinkage >= 0:
+            raise InputError(f"model.shrinkage={self.shrinkage}: a number of cells, 0 or more")
+
     def build(self, vocabulary: Vocabulary) -> MeanShiftNet:
-        return MeanShiftNet(vocabulary)
+        return MeanShiftNet(vocabulary, self)
 
 
 class AdditiveNet(ConditionMeans):

@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 from perturbray.errors import InputError, nearest
 from perturbray.models.base import MODELS, ModelSpec
-from perturbray.space import Choice, IntLogUniform, LogUniform, QUniform, Space
+from perturbray.space import Choice, IntLogUniform, LogUniform, QUniform, Space, When
 
 DATASETS = {
     "norman19": "Norman19",
@@ -286,3 +286,8 @@ _LAPTOP: Space = {
 SMALL: dict[str, Space] = {
     name: {path: _LAPTOP.get(path, found) for path, found in searched.items()} for name, searched in SEARCHED.items()
 }
+for _model in ("cpa", "cpa_noadv"):  # a deterministic encoder has no divergence to weigh
+    SMALL[_model] |= {
+        "model.variational": Choice(True, False),
+        "model.kl_weight": When("model.variational", True, LogUniform(0.1, 20)),
+    }

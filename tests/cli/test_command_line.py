@@ -152,7 +152,7 @@ def test_a_dry_run_says_what_is_done(command, small):
 def test_smoke_is_one_seed_two_levels_few_epochs_and_a_folder_of_its_own(command, small):
     out = command(*small, "--dry-run", "--smoke").out
     assert "in results/imbalance-smoke-small" in out
-    assert set(re.findall(r"seed (\d+)", out)) == {"0"}
+    assert set(re.findall(r"seed (\d+) +to run", out)) == {"0"}
     assert set(re.findall(r"imbalance (0\.\d+),", out)) == {"0.0", "0.2"}
 
 

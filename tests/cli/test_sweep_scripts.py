@@ -47,6 +47,39 @@ def test_combinations_of_k562_are_planned(command, shared_data):
     assert (ended.code, ended.err) == (0, "")
 
 
+TRANSFER = Path(__file__).parents[2] / "sweeps" / "transfer.py"
+
+
+def test_a_dry_run_says_what_is_held_out(command, small_screen):
+    data = "--data", small_screen, "--dry-run"
+    out = command(*data, entry=script(TRANSFER)).out
+    assert "split transfer (" in out
+    assert re.search(r"^ +line_a +8 \(\d+\) +2 \(\d+\) +2 \(\d+\) +\d+ \+ \d+ \+ \d+$", out, re.MULTILINE)
+    assert out.count("conditions (their cells)") == 1, "one split for all seeds and models is shown once"
+    grid = command(*data, "--grid", "split.seed=1,2,3", entry=script(TRANSFER)).out
+    assert (
+        len(re.findall(r"^split transfer \(.*seed [23]\): 24 train, 6 val, 6 test conditions$", grid, re.MULTILINE))
+        == 2
+    )
+    many = command(*data, "--grid", f"split.seed={','.join(map(str, range(12)))}", entry=script(TRANSFER)).out
+    assert "... and 3 further splits" in many
+
+
+def test_another_task_is_a_name_and_its_fields(command, small_screen):
+    words = "--data", small_screen, "--dry-run", "--model", "linear_additive", "--split"
+    out = command(*words, "held_out_contexts", "--set", "split.test=line_b", entry=script(TRANSFER)).out
+    assert "held out: line_b for test, none for validation" in out
+    assert "in results/held_out_contexts-small" in out
+    names = "split.test=line_a: drug_001;line_b: drug_002;line_b: drug_003"
+    out = command(*words, "manual", "--set", names, entry=script(TRANSFER)).out
+    assert re.search(r"^  all +33 \([\d,]+\) +0 \(0\) +3 \(\d+\) ", out, re.MULTILINE)
+    ended = command(*words, "manual", entry=script(TRANSFER))
+    assert (ended.code, ended.err.count("\n")) == (2, 1)
+    assert "split.test names no condition" in ended.err
+    ended = command(*words, "held_out_context", entry=script(TRANSFER))
+    assert "did you mean 'held_out_contexts'" in ended.err
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", BASELINES)
 def test_a_minute_of_a_script_runs(command, name, ray_session):

@@ -1,15 +1,21 @@
 """Laws of ablations: training shrinks as asked, in nested steps, and what is judged stays the same."""
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
-from itertools import pairwise
+from itertools import pairwise, permutations
+from pathlib import Path
 
 import numpy as np
 import pytest
 import screens
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from scipy.stats import entropy
 
-from perturbray.data.ablations import ABLATIONS, Imbalance, PublishedImbalance, geometric_counts, imbalance
+from perturbray.data.ablations import ABLATIONS, Imbalance, PublishedImbalance
+from perturbray.data.ablations.imbalance import geometric_counts, geometric_shares, imbalance, replicates, rotated
 from perturbray.data.splits import TEST, TRAIN, UNUSED, VAL, CovariateTransfer
 from perturbray.errors import InputError
 
@@ -221,6 +227,174 @@ def test_contexts_shrink_in_the_stated_order(screen):
 def test_an_order_that_does_not_fit_is_refused(screen, order, message):
     with pytest.raises(InputError, match=message):
         Imbalance(order=order).apply(screen, TASK, seed=0)
+
+
+# where the total is fixed
+
+
+def entropy_imbalance(counts) -> float:
+    return 1 - entropy(counts, base=len(counts))
+
+
+def test_with_the_total_of_the_published_design_counts_are_those_of_the_design(screen):
+    """Worked out by hand for 180 training conditions and at most 132 in a line."""
+    wanted = {0.0: [60, 60, 60], 0.1: [97, 54, 29], 0.2: [114, 47, 19], 0.3: [127, 40, 13]}
+    for level, counts in wanted.items():
+        split = Imbalance(level=level, fixed=True, total=180).apply(screen, TASK, seed=0)
+        assert list(split.record["training_perturbations"].values()) == counts
+
+
+@given(st.integers(0, 3000), st.integers(2, 12), st.integers(0, 4), st.floats(0, 1))
+@settings(max_examples=200, deadline=None, derandomize=True)
+def test_shares_have_their_total_their_floor_and_their_order(beyond, contexts, minimum, ratio):
+    total = contexts * minimum + beyond
+    (counts,) = geometric_shares(total, np.array([ratio]), contexts=contexts, minimum=minimum)
+    assert counts.sum() == total
+    assert counts.min() >= minimum
+    assert (np.diff(counts) <= 0).all()
+    free = counts[counts > minimum + 1]  # in proportion, to the rounding of each
+    for large, small in pairwise(free):
+        assert abs(small - ratio * large) <= 1 + ratio
+
+
+@pytest.mark.parametrize("seed", range(7))
+def test_at_a_fixed_total_levels_differ_in_imbalance_and_in_nothing_else(screen, seed):
+    splits = [Imbalance(level=v, fixed=True, rotate=True).apply(screen, TASK, seed=seed) for v in LEVELS]
+    counts = [[len(training(screen, split, context)) for context in range(3)] for split in splits]
+    assert len({sum(row) for row in counts}) == 1
+    measured = [entropy_imbalance(row) for row in counts]
+    for level, value, split, row in zip(LEVELS, measured, splits, counts, strict=True):
+        assert value == pytest.approx(split.record["imbalance"], abs=1e-12)
+        assert abs(value - level) <= Imbalance().tolerance
+        assert split.record["training_perturbations"] == dict(zip(("line_a", "line_b", "line_c"), row, strict=True))
+    assert (np.diff(measured) > 0.05).all()
+    for first, second in pairwise(splits):
+        for subset in (VAL, TEST):
+            assert ((first.condition == subset) == (second.condition == subset)).all()
+            assert ((first.cell == subset) == (second.cell == subset)).all()
+        assert (first.stratum == second.stratum).all()
+        for context in range(3):  # what falls is nested downward, what rises upward
+            few, many = sorted((training(screen, split, context) for split in (first, second)), key=len)
+            assert few <= many
+    tested = splits[0].condition == TEST
+    assert tested.sum() == (TASK.split(screen).condition == TEST).sum()
+    common = set(screen.perturbation[tested & (splits[0].stratum == "common")].tolist())
+    for split in splits:
+        assert common <= set().union(*(training(screen, split, context) for context in range(3)))
+
+
+@given(st.integers(8, 40), st.integers(2, 5), st.integers(0, 50))
+@settings(max_examples=10, deadline=None, derandomize=True)
+def test_small_screens_have_one_total_too(perturbations, contexts, seed):
+    rng = np.random.default_rng(seed)
+    cells = [c for c in screens.rectangle(contexts, perturbations) if c[1] == "control" or rng.random() < 0.9]
+    conditions = screens.conditions_of(cells)
+    splits = []
+    for level in LEVELS:
+        ablation = Imbalance(level=level, fixed=True, rotate=True, tolerance=0.09)
+        try:
+            splits.append(ablation.apply(conditions, TASK, seed=seed))
+        except InputError:
+            assume(False)
+    whole = TASK.split(conditions).condition
+    assert len({int(((s.condition == TRAIN) & ~conditions.is_control).sum()) for s in splits}) == 1
+    for low, high in pairwise(splits):
+        assert low.record["imbalance"] <= high.record["imbalance"]
+        assert (np.isin(low.condition, [VAL, TEST]) == np.isin(high.condition, [VAL, TEST])).all()
+        assert (low.stratum == high.stratum).all()
+    for split in splits:
+        assert (whole[split.condition == TRAIN] == TRAIN).all(), "training holds nothing that the task holds out"
+        assert (whole[split.condition == TEST] == TEST).all()
+
+
+@pytest.mark.parametrize("contexts", [2, 3, 5])
+def test_each_context_is_the_largest_equally_often(contexts):
+    conditions = screens.conditions_of(screens.rectangle(contexts, 60))
+    largest = []
+    for seed in replicates(contexts):
+        counts = Imbalance(level=0.2, fixed=True, rotate=True).apply(conditions, TASK, seed=seed)
+        counts = counts.record["training_perturbations"]
+        largest.append(max(counts, key=counts.get))
+    assert len(largest) >= 3
+    assert {largest.count(conditions.context_name(c)) for c in range(contexts)} == {len(largest) // contexts}
+
+
+def test_replicates_go_through_all_orders_of_three_contexts():
+    orders = [tuple(rotated([0, 1, 2], number)) for number in range(6)]
+    assert set(orders) == set(permutations(range(3)))
+    assert [order[0] for order in orders] == [0, 1, 2, 0, 1, 2]
+    assert all(sorted(rotated(list(range(5)), number)) == list(range(5)) for number in range(10))
+    assert list(replicates(3, asked=4)) == [0, 1, 2, 3]
+
+
+def test_without_rotation_the_largest_context_stays(screen):
+    for seed in range(3):
+        found = Imbalance(level=0.2, fixed=True).apply(screen, TASK, seed=seed).record["training_perturbations"]
+        assert list(found) == ["line_b", "line_a", "line_c"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            {"fixed": True, "total": 400},
+            r"ablation\.total=400: 3 contexts of 2 to 132 training perturbations have 6 to 396",
+        ),
+        (
+            {"fixed": True, "total": 380, "level": 0.2},
+            r"ablation\.level=0\.2: .* 380 in all, at least 2 kept\); nearest",
+        ),
+        ({"total": 180}, r"ablation\.total=180: without ablation\.fixed=true"),
+    ],
+)
+def test_a_total_that_contexts_cannot_share_is_refused_in_numbers(screen, fields, message):
+    with pytest.raises(InputError, match=message):
+        Imbalance(**fields).apply(screen, TASK, seed=0)
+
+
+SCRIPT = """
+import sys, json
+sys.path.insert(0, {tests!r})
+import numpy as np, screens
+from perturbray.data.ablations import DataScaling, Imbalance
+from perturbray.data.splits import CovariateTransfer
+
+cells = [c for n, c in enumerate(screens.rectangle(4, 30, cells=3)) if n % 7]
+names = [f"cell_{{i:05d}}" for i in range(len(cells))]
+order = np.random.default_rng({order}).permutation(len(cells)) if {order} else np.arange(len(cells))
+conditions = screens.conditions_of([cells[i] for i in order], names=[names[i] for i in order])
+found = []
+for ablation in (
+    Imbalance(level=0.2, fixed=True, rotate=True),
+    Imbalance(level=0.2),
+    DataScaling(axis="contexts", level=0.75, smallest=0.5),
+    DataScaling(axis="perturbations", level=0.5, smallest=0.25),
+    DataScaling(axis="cells", level=0.5),
+):
+    split = ablation.apply(conditions, CovariateTransfer(), seed=5)
+    by_name = dict(zip(conditions.cell_names.tolist(), split.cell.tolist()))
+    found.append([split.condition.tolist(), sorted(by_name.items()), split.stratum.tolist(), split.record])
+print(json.dumps(found, sort_keys=True))
+"""
+
+
+def test_neither_the_order_of_cells_nor_the_hash_seed_changes_what_is_kept():
+    outputs = set()
+    for order, hash_seed in ((0, "0"), (1, "1"), (2, "12345")):
+        source = SCRIPT.format(tests=str(Path(__file__).parents[1]), order=order)
+        run = subprocess.run(
+            [sys.executable, "-c", source],
+            env={**os.environ, "PYTHONHASHSEED": hash_seed},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        outputs.add(run.stdout)
+    assert len(outputs) == 1
+    assert len(outputs.pop()) > 1000
+
+
+# the published form
 
 
 def test_published_triples_drop_and_then_split_so_that_the_test_set_shrinks(screen):

@@ -1,5 +1,9 @@
 """Searches on Tune: they run to their end, go on where they were, agree with a search without Tune, and fail aloud."""
 
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -211,3 +215,34 @@ def test_mlflow_records_every_trial_with_its_values_and_its_objective(ray_sessio
     runs = mlflow.search_runs([experiment.experiment_id], output_format="list")
     found = {(run.data.params["values/model.width"], run.data.metrics["objective"]) for run in runs}
     assert found == {(str(r["values"]["model.width"]), r["objective"]) for r in told(tmp_path / "out")}
+
+
+@pytest.mark.slow
+def test_wandb_records_every_trial_with_its_values_and_its_objective(small_screen, tmp_path):
+    """In a Ray of its own: the actor that records has the environment that Ray was started in."""
+    pytest.importorskip("wandb", reason="the extra wandb is not installed")
+    env = os.environ | {"WANDB_MODE": "offline", "WANDB_API_KEY": "0" * 40, "WANDB_DIR": str(tmp_path)}
+    options = ["--smoke", "--track", "wandb", "--data", small_screen, "--results", tmp_path / "results"]
+    command = [sys.executable, Path("sweeps/search.py").resolve(), "--model", "latent_additive", *options]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=400, check=False)
+    assert done.returncode == 0, done.stderr
+    runs = [recorded(file) for file in tmp_path.glob("wandb/offline-run-*/run-*.wandb")]
+    found = {(run["values"]["model.width"], run["objective"]) for run in runs}
+    (folder,) = (tmp_path / "results").iterdir()
+    assert found == {(r["values"]["model.width"], r["objective"]) for r in told(folder)}
+
+
+def recorded(file: Path) -> dict:
+    """The configuration and the last values in a file of an offline run of W&B."""
+    from wandb.proto.wandb_internal_pb2 import Record
+    from wandb.sdk.internal.datastore import DataStore
+
+    store, found = DataStore(), {}
+    store.open_for_scan(str(file))
+    while (data := store.scan_data()) is not None:
+        record = Record()
+        record.ParseFromString(data)
+        updates = [*record.run.config.update, *record.config.update, *record.history.item]
+        found |= {one.key or one.nested_key[-1]: json.loads(one.value_json) for one in updates}
+    store.close()
+    return found

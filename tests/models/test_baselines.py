@@ -101,6 +101,38 @@ def test_additive_of_a_single_is_the_mean_shift():
     np.testing.assert_array_equal(ours.predicted.mean, theirs.predicted.mean)
 
 
+@pytest.mark.parametrize("weights", ["equal", "cells", "similarity"])
+@pytest.mark.parametrize("shrinkage", [0.0, 30.0])
+def test_a_mean_shift_weighs_contexts_and_shrinks_effects_as_it_is_told(weights, shrinkage):
+    lab, means = screens.noise_free(specific=0.5)
+    conditions, train = lab.conditions, (lab.split.condition == TRAIN) & ~lab.conditions.is_control
+    few = np.isin(conditions.cell_condition, np.flatnonzero(train & (conditions.context == 0)))
+    kept = np.where(few & (np.arange(len(few)) % 3 > 0), 0, lab.split.cell).astype(np.int8)  # a third of one context
+    lab = replace(lab, split=replace(lab.split, cell=kept))
+    count = np.bincount(conditions.cell_condition[kept == TRAIN], minlength=len(conditions)).astype(float)
+    control = np.stack([means[conditions.is_control & (conditions.context == c)][0] for c in range(3)])
+    apart = ((control[:, None] - control) ** 2).sum(-1)
+    likeness = np.exp(-apart / (2 * apart[~np.eye(3, dtype=bool)].mean()))
+    prediction, rows, _ = predicted(MeanShift(weights=weights, shrinkage=shrinkage), lab)
+    for row, found in zip(rows, prediction.predicted.mean, strict=True):
+        here = conditions.context[row]
+        same = np.flatnonzero((conditions.perturbation == conditions.perturbation[row]) & train)
+        alike = likeness[here, conditions.context[same]]
+        weight = {"equal": np.ones(len(same)), "cells": count[same], "similarity": alike}
+        effect = np.average(means[same] - control[conditions.context[same]], axis=0, weights=weight[weights])
+        expected = control[here] + effect * count[same].sum() / (count[same].sum() + shrinkage)
+        np.testing.assert_allclose(found, np.maximum(expected, 0), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [({"weights": "cell"}, "model.weights='cell': did you mean 'cells'"), ({"shrinkage": -1.0}, "0 or more")],
+)
+def test_a_mean_shift_refuses_what_is_no_option(fields, message):
+    with pytest.raises(InputError, match=message):
+        MeanShift(**fields)
+
+
 def test_matching_mean_is_the_mean_of_the_singles_in_the_context():
     lab, means = pairs(specific=0.5)
     prediction, rows, _ = predicted(MatchingMean(), lab)

@@ -13,6 +13,7 @@ from perturbray.models.baselines import MeanShift
 from perturbray.models.latent_additive import LatentAdditive
 from perturbray.models.linear_additive import LinearAdditive
 from perturbray.models.published import DATASETS, FIELDS, NAMES, SEARCHED, SMALL, TRAINING, _rows
+from perturbray.space import draw, holds
 from perturbray.training.fit import Training
 from perturbray.trial import Trial
 
@@ -76,12 +77,19 @@ def test_what_a_space_holds_is_what_a_trial_accepts(name, spaces):
     space = type(trial.model).space(kind)
     assert space == spaces[name]
     for _ in range(20):
-        drawn = {path: distribution.sample(rng) for path, distribution in space.items()}
-        assert all(value in space[path] for path, value in drawn.items())
+        drawn = draw(space, rng)
+        assert holds(space, drawn)
         changed = trial.override(drawn)
         for path, value in drawn.items():
             part, field = path.split(".")
             assert getattr(getattr(changed, part), field) == value
+
+
+def test_the_weight_of_a_divergence_is_searched_only_where_there_is_one():
+    space, rng = SMALL["cpa"], np.random.default_rng(0)
+    drawn = [draw(space, rng) for _ in range(40)]
+    assert {one["model.variational"] for one in drawn} == {True, False}
+    assert all(("model.kl_weight" in one) == one["model.variational"] for one in drawn)
 
 
 def test_the_small_space_fits_a_laptop():

@@ -1,48 +1,21 @@
-"""Laws of splits, over designs as unbalanced as they come: nothing is lost, nothing leaks, and only the seed decides."""
-
-import json
-import os
-import subprocess
-import sys
+"""Laws of covariate transfer, over designs as unbalanced as they come: nothing is lost, and only the seed decides."""
 
 import numpy as np
-import pandas as pd
 import pytest
 import screens
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from split_laws import designs, in_words
 
 from perturbray.data.splits import (
-    SPLITS,
-    SUBSETS,
     TEST,
     TRAIN,
     UNUSED,
     VAL,
     CovariateTransfer,
-    Saved,
-    Split,
     cut_controls,
 )
 from perturbray.errors import InputError
-
-LABELS = ("KO", "KO_1", "KO_1_2", "1_2", "A+B", "B+C_1", "A", "B", "γ", "drug / 2", "train", "test")
-VALUES = ("a", "a_b", "b", "b_c", "K562", "K562 / a", "x+y", "control")
-
-
-@st.composite
-def designs(draw) -> list[screens.Cell]:
-    """Cells of a screen: contexts of one or two covariates, missing pairs, few cells, labels that tempt a parser."""
-    width = draw(st.integers(1, 2))
-    contexts = draw(st.lists(st.tuples(*[st.sampled_from(VALUES)] * width), min_size=2, max_size=5, unique=True))
-    labels = draw(st.lists(st.sampled_from(LABELS), min_size=1, max_size=9, unique=True))
-    cells: list[screens.Cell] = []
-    for context in contexts:
-        cells += [(context, "control")] * draw(st.integers(6, 15))
-        for label in labels:
-            cells += [(context, label)] * draw(st.sampled_from([0, 1, 1, 1, 3]))
-    cells += [(contexts[0], labels[0]), (contexts[1], labels[0])]  # something that can be held out
-    return draw(st.permutations(cells)) if len(cells) < 60 else cells
 
 
 @st.composite
@@ -54,13 +27,6 @@ def tasks(draw) -> CovariateTransfer:
         controls=draw(st.sampled_from([(0.5, 0.25, 0.25), (0.8, 0.1, 0.1), (0.5, 0.5, 0.0), (0.0, 0.4, 0.6)])),
         seed=draw(st.integers(0, 1000)),
     )
-
-
-def by_name(conditions, split: Split) -> tuple[dict, dict]:
-    """The subset of every condition and of every cell, in words."""
-    of_condition = {pair: SUBSETS[code] for pair, code in zip(conditions, split.condition, strict=True)}
-    of_cell = {n: SUBSETS[code] for n, code in zip(conditions.cell_names.tolist(), split.cell, strict=True)}
-    return of_condition, of_cell
 
 
 def admits(conditions, task: CovariateTransfer) -> bool:
@@ -75,7 +41,7 @@ def admits(conditions, task: CovariateTransfer) -> bool:
 
 @given(designs(), tasks())
 @settings(max_examples=50, deadline=None, derandomize=True)
-def test_every_split_keeps_the_laws(cells, task):
+def test_transfer_keeps_the_laws(cells, task):
     conditions = screens.conditions_of(cells)
     if not admits(conditions, task):
         with pytest.raises(InputError, match="no condition can be held out"):
@@ -130,7 +96,7 @@ def test_neither_order_of_rows_nor_of_categories_changes_a_split(cells, task, ra
         names=[names[i] for i in order],
         categories=lambda values: ["unused", *sorted(set(values), reverse=True)],
     )
-    assert by_name(other, task.split(other)) == by_name(conditions, task.split(conditions))
+    assert in_words(other, task.split(other)) == in_words(conditions, task.split(conditions))
 
 
 def test_one_context_admits_no_transfer():
@@ -143,7 +109,7 @@ def test_a_context_of_one_perturbation_keeps_it_and_its_controls():
     cells = [*screens.rectangle(2, 10), *[(("lone",), "control")] * 6, (("lone",), "drug_000")]
     conditions = screens.conditions_of(cells)
     split = CovariateTransfer().split(conditions)
-    of_condition, _ = by_name(conditions, split)
+    of_condition, _ = in_words(conditions, split)
     assert of_condition[("lone",), "drug_000"] == "train"
     assert split.record["counts"]["lone"] == {
         "unused": [0, 0, 0],
@@ -153,7 +119,7 @@ def test_a_context_of_one_perturbation_keeps_it_and_its_controls():
     }
 
 
-def test_a_context_with_too_few_controls_is_refused_by_name():
+def test_a_context_with_too_few_controls_is_refused_in_words():
     cells = [*screens.rectangle(2, 10), *[(("lone",), "control")] * 2, (("lone",), "drug_000")]
     with pytest.raises(InputError, match="context lone has 2 control cells; 2 in each of train, validation and test"):
         CovariateTransfer().split(screens.conditions_of(cells))
@@ -188,40 +154,6 @@ def test_the_seed_decides_and_one_seed_is_one_split():
     assert (splits[0].cell == splits[1].cell).all()
     assert (splits[0].condition != splits[2].condition).any()
     assert (splits[0].cell != splits[2].cell).any()
-
-
-SCRIPT = """
-import json, sys
-from perturbray.data.dataset import DatasetSpec
-from perturbray.data.splits import Combination, CovariateTransfer, UnseenPerturbation
-conditions = DatasetSpec(path=sys.argv[1], covariates=("line", "drug")).conditions()
-for task in (CovariateTransfer(fraction=0.5, max_contexts=3), Combination(), UnseenPerturbation(fraction=0.5)):
-    split = task.split(conditions)
-    print(json.dumps([split.condition.tolist(), split.cell.tolist(), split.record]))
-"""
-
-
-def test_a_split_does_not_depend_on_the_hash_seed(tmp_path):
-    pairs = [(line, drug) for line in ("a", "b", "c_d") for drug in ("none", "a", "c_d")]
-    labels = ["control"] * 6 + ["KO_1", "KO_1_2", "x+y", "y", "x", "x+a", "a", "b", "c", "b+c", "a+c"]
-    lines, drugs, conditions = zip(*[(*pair, label) for pair in pairs for label in labels], strict=True)
-    path = screens.write(tmp_path / "screen.h5ad", {"line": lines, "drug": drugs, "condition": conditions})
-    runs = [
-        subprocess.Popen(
-            [sys.executable, "-c", SCRIPT, str(path)],
-            stdout=subprocess.PIPE,
-            env={**os.environ, "PYTHONHASHSEED": seed},
-            text=True,
-        )
-        for seed in ("1", "42")
-    ]
-    found = [run.communicate()[0] for run in runs]
-    assert [run.returncode for run in runs] == [0, 0]
-    assert len(set(found)) == 1
-    lines = found[0].splitlines()
-    assert len(lines) == 3
-    for line in lines:
-        assert {TRAIN, VAL, TEST} == set(json.loads(line)[0])
 
 
 def test_every_perturbation_has_the_same_chance_of_being_held_out():
@@ -261,21 +193,3 @@ def test_every_perturbation_has_the_same_chance_of_being_held_out():
 def test_an_impossible_task_is_refused_by_its_field(fields, message):
     with pytest.raises(InputError, match=message):
         CovariateTransfer(**fields)
-
-
-@pytest.mark.parametrize("name", SPLITS)
-def test_every_registered_split_is_frozen_and_splits_what_the_synthetic_screen_has(name, lab, tmp_path):
-    fields = {}
-    if SPLITS[name] is Saved:
-        values = [SUBSETS[code] for code in lab.split.cell]
-        fields["path"] = str(tmp_path / "split.csv")
-        pd.Series(values, index=lab.conditions.cell_names).to_csv(fields["path"], header=False)
-    spec = SPLITS[name](**fields)
-    assert spec == SPLITS[name](**fields)
-    hash(spec)
-    split = spec.split(lab.conditions)
-    assert split.condition.shape == split.stratum.shape == (len(lab.conditions),)
-    assert set(split.condition.tolist()) >= {TRAIN, TEST}
-    for context in range(len(lab.conditions.contexts)):
-        controls = np.flatnonzero(lab.conditions.is_control & (lab.conditions.context == context))
-        assert (split.cell[np.isin(lab.conditions.cell_condition, controls)] == TRAIN).any()

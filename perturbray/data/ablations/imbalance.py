@@ -1,25 +1,15 @@
-"""Ablations: what is taken away from training, and how much of it. A new one is an AblationSpec with a name."""
+"""Imbalance: ever more of the training conditions in ever fewer contexts, and how that is measured."""
 
-from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import numpy as np
 
+from perturbray.data.ablations.base import ABLATIONS, AblationSpec, recorded
 from perturbray.data.dataset import Conditions
-from perturbray.data.splits import TEST, TRAIN, UNUSED, VAL, Split, SplitSpec, count
+from perturbray.data.splits import TEST, TRAIN, UNUSED, VAL, Split, SplitSpec
 from perturbray.errors import InputError, nearest
 from perturbray.randomness import generator
-from perturbray.registry import Registry
-
-ABLATIONS: Registry = Registry("ablation")
-
-
-class AblationSpec(ABC):
-    """Less to learn from. The draw depends on the trial's seed; the test conditions do not depend on the level."""
-
-    @abstractmethod
-    def apply(self, conditions: Conditions, task: SplitSpec, *, seed: int) -> Split:
-        """The task's split with part of the training conditions UNUSED."""
 
 
 def imbalance(counts: np.ndarray) -> float:
@@ -40,39 +30,92 @@ def geometric_counts(base: int, ratio: float, *, contexts: int, minimum: int) ->
     return np.minimum(base, np.maximum(minimum, np.round(base * ratio ** np.arange(contexts)).astype(int)))
 
 
+def geometric_shares(total: int, ratios: np.ndarray, *, contexts: int, minimum: int) -> np.ndarray:
+    """Whole numbers nearest to proportions ratio^i that sum to ``total``, none below ``minimum``, (ratios, contexts).
+
+    >>> geometric_shares(180, np.array([1.0, 0.415]), contexts=3, minimum=2).tolist()
+    [[60, 60, 60], [113, 47, 20]]
+    """
+    weight = ratios[:, None] ** np.arange(contexts)
+    low = np.zeros(weight.shape, dtype=bool)
+    for _ in range(contexts):  # what the minimum adds to small contexts is taken from the others in proportion
+        left = total - minimum * low.sum(axis=1, keepdims=True)
+        share = np.where(low, minimum, left * weight / np.where(low, 0, weight).sum(axis=1, keepdims=True))
+        low |= share < minimum
+    share = np.round(share, 9)
+    counts = np.floor(share).astype(int)
+    place = np.argsort(np.argsort(counts - share, axis=1, kind="stable"), axis=1, kind="stable")
+    return counts + (place < total - counts.sum(axis=1, keepdims=True))
+
+
+@lru_cache(maxsize=64)  # every trial asks
+def options(base: int, *, contexts: int, minimum: int, total: int | None) -> tuple[np.ndarray, np.ndarray]:
+    """Distinct geometric counts, none above ``base``, (options, contexts), and their imbalance; of one total, where given."""
+    ratios = np.unique(np.concatenate([np.linspace(0, 1, 2001), (np.arange(base + 1) + 0.5) / max(base, 1)]).clip(0, 1))
+    counts = np.array([geometric_counts(base, r, contexts=contexts, minimum=minimum) for r in ratios])
+    if total is not None:
+        shared = geometric_shares(total, ratios, contexts=contexts, minimum=minimum)
+        counts = np.concatenate([shared[shared[:, 0] <= base], counts[counts.sum(axis=1) == total]])
+    counts = np.unique(counts, axis=0)
+    return counts, np.array([imbalance(one) for one in counts])
+
+
+def replicates(contexts: int, *, asked: int = 0, least: int = 3) -> range:
+    """Seeds: as many as ``asked``, or enough for a rotated order to make each context the largest equally often.
+
+    >>> list(replicates(2))
+    [0, 1, 2, 3]
+    """
+    return range(asked or -(-least // contexts) * contexts)
+
+
+def rotated(order: list[int], number: int) -> list[int]:
+    """The order in replicate ``number``: each context is first in turn, and the others follow in every second round
+    backwards, so that with three contexts six replicates are all the orders there are.
+
+    >>> [rotated([0, 1, 2], number) for number in range(6)]
+    [[0, 1, 2], [1, 2, 0], [2, 0, 1], [0, 2, 1], [1, 0, 2], [2, 1, 0]]
+    """
+    turn, first = divmod(number, len(order))
+    others = order[first + 1 :] + order[:first]
+    return [order[first], *(others[::-1] if turn % 2 else others)]
+
+
 @ABLATIONS.register("imbalance")
 @dataclass(frozen=True, kw_only=True)
 class Imbalance(AblationSpec):
     """Training perturbations spread ever more unequally over the contexts, on test conditions that stay the same.
 
-    Level 0 has ``base`` training perturbations in every context (default: as many as the smallest context has). At a
-    level the counts are geometric in the stated order of contexts, with the ratio solved for, and each context keeps
-    a prefix of one seeded order, so that the levels are nested. In that order a perturbation which another context
+    The counts are geometric in the stated order of contexts, with the ratio solved for. Where the total is ``fixed`` what
+    one context gains the others lose; else level 0 has ``base`` in every context, and all but the first lose. Each context
+    keeps a prefix of one seeded order, so that the levels are nested. In that order a perturbation which another context
     holds out comes early, so that it stays in training somewhere; test and validation conditions that lose their
-    perturbation at the ``highest`` level form the stratum ``lost`` and are scored apart where they can be.
+    perturbation at a level up to the ``highest`` form the stratum ``lost`` and are scored apart where they can be.
     """
 
     level: float = 0.0
     highest: float = 0.3  # the highest level of the sweep: decides which test conditions are common to all levels
     minimum: int = 2  # training perturbations that a context keeps
-    base: int = 0  # training perturbations of a context at level 0; 0: as many as the smallest context has
+    base: int = 0  # the most training perturbations of a context; 0: as many as the smallest context has
+    fixed: bool = False  # every level has as many training conditions in all; else their number falls with the level
+    total: int = 0  # of training conditions where fixed; 0: the most that the highest level admits
     order: tuple[str, ...] = ()  # contexts from large to small, values joined by ","; default: by cells, then name
+    rotate: bool = False  # the seed decides which context comes first
     tolerance: float = 0.02  # by which the measured imbalance may miss the level
 
     def apply(self, conditions: Conditions, task: SplitSpec, *, seed: int) -> Split:
         split = task.split(conditions)
         train = (split.condition == TRAIN) & ~conditions.is_control
         order = self._order(conditions)
+        order = rotated(order, seed % (2 * len(order))) if self.rotate else order
         available = np.bincount(conditions.context[train], minlength=len(order))
         base = self.base or int(available.min())
         if base > available.min():
             small = conditions.context_name(int(np.argmin(available)))
             raise InputError(f"ablation.base={base}: context {small} has only {available.min()} training perturbations")
         counts = self.solve(self.level, base=base, contexts=len(order))
-        fewest = counts
-        if self.highest > self.level:
-            fewest = self.solve(self.highest, base=base, contexts=len(order), name="highest")
-        kept, lost = self._keep(conditions, split, order, counts, np.minimum(counts, fewest), seed)
+        fewest = np.minimum(counts, self._fewest(base=base, contexts=len(order)))
+        kept, lost = self._keep(conditions, split, order, counts, fewest, seed)
 
         condition = split.condition.copy()
         condition[train & ~kept] = UNUSED
@@ -83,36 +126,51 @@ class Imbalance(AblationSpec):
         cell = split.cell.copy()
         perturbed = ~conditions.is_control[conditions.cell_condition]
         cell[perturbed] = condition[conditions.cell_condition[perturbed]]
-        names = [conditions.context_name(c) for c in order]
-        record = {
-            **split.record,
-            "counts": count(conditions, condition, cell),
-            "imbalance": imbalance(counts),
-            "training_perturbations": dict(zip(names, counts.tolist(), strict=True)),
-        }
+        record = {**recorded(conditions, split, condition, cell, order), "imbalance": imbalance(counts)}
         return replace(split, condition=condition, cell=cell, stratum=stratum.astype(str), record=record)
 
     def solve(self, level: float, *, base: int, contexts: int, name: str = "level") -> np.ndarray:
-        """The geometric counts whose measured imbalance is nearest to a level. Raises InputError if none is near."""
-        if contexts < 2:
-            raise InputError("imbalance needs at least two contexts; give --covariate-keys a column with two values")
-        ratios = np.unique(
-            np.concatenate([np.linspace(0, 1, 2001), (np.arange(base + 1) + 0.5) / max(base, 1)]).clip(0, 1)
-        )
-        options = np.unique(
-            [geometric_counts(base, r, contexts=contexts, minimum=min(self.minimum, base)) for r in ratios], axis=0
-        )
-        measured = np.array([imbalance(option) for option in options])
+        """The counts whose measured imbalance is nearest to a level. Raises InputError if none is near."""
+        counts, measured = self._options(base=base, contexts=contexts)
         # Of equally near ones the one with more data; rounding makes the steps of a small screen coarse.
-        best = np.lexsort((-options.sum(axis=1), np.round(np.abs(measured - level), 12)))[0]
+        best = np.lexsort((-counts.sum(axis=1), np.round(np.abs(measured - level), 12)))[0]
         if abs(measured[best] - level) > self.tolerance:
             around = np.sort(measured)
             near = ", ".join(f"{m:.3f}" for m in around[np.argsort(np.abs(around - level))[:3]])
+            total = f", {counts[0].sum()} in all" if self.fixed else ""
             raise InputError(
                 f"ablation.{name}={level}: this screen reaches imbalance {measured.min():.3f} to {measured.max():.3f} "
-                f"({contexts} contexts, {base} training perturbations each, at least {self.minimum} kept); nearest: {near}"
+                f"({contexts} contexts, {base} training perturbations each{total}, at least {self.minimum} kept); "
+                f"nearest: {near}"
             )
-        return options[best]
+        return counts[best]
+
+    def _fewest(self, *, base: int, contexts: int) -> np.ndarray:
+        """What each place in the order keeps at every level up to the highest, (contexts,)."""
+        highest = self.solve(self.highest, base=base, contexts=contexts, name="highest")
+        counts, measured = self._options(base=base, contexts=contexts)
+        return counts[measured <= imbalance(highest)].min(axis=0)
+
+    def _options(self, *, base: int, contexts: int) -> tuple[np.ndarray, np.ndarray]:
+        if contexts < 2:
+            raise InputError("imbalance needs at least two contexts; give --covariate-keys a column with two values")
+        if self.total and not self.fixed:
+            raise InputError(f"ablation.total={self.total}: without ablation.fixed=true the total falls with the level")
+        total = self._total(base=base, contexts=contexts) if self.fixed else None
+        return options(base, contexts=contexts, minimum=min(self.minimum, base), total=total)
+
+    def _total(self, *, base: int, contexts: int) -> int:
+        """Training conditions of every level. Raises InputError for a number that contexts cannot share."""
+        if not self.total:
+            free = replace(self, fixed=False)
+            return int(free.solve(self.highest, base=base, contexts=contexts, name="highest").sum())
+        least = contexts * min(self.minimum, base)
+        if not least <= self.total <= contexts * base:
+            raise InputError(
+                f"ablation.total={self.total}: {contexts} contexts of {min(self.minimum, base)} to {base} training "
+                f"perturbations have {least} to {contexts * base}"
+            )
+        return self.total
 
     def _order(self, conditions: Conditions) -> list[int]:
         cells = np.bincount(conditions.context[conditions.cell_condition], minlength=len(conditions.contexts))
@@ -153,10 +211,15 @@ class PublishedImbalance(AblationSpec):
     So the test set shrinks and changes with the level, and so does the amount of data: kept for comparison.
     """
 
+    level: float = 0.0  # what the slides call it
     counts: tuple[int, ...] = (188, 188, 188)  # perturbations kept in each context, in the order of ``order``
     order: tuple[str, ...] = ()  # contexts from large to small; default: by cells, then name
 
     LEVELS = ((188, 188, 188), (188, 117, 50), (188, 81, 30), (188, 30, 30))
+
+    @property
+    def shown(self) -> str:
+        return str(self.counts)
 
     def apply(self, conditions: Conditions, task: SplitSpec, *, seed: int) -> Split:
         order = Imbalance(order=self.order)._order(conditions)
@@ -183,15 +246,8 @@ class PublishedImbalance(AblationSpec):
         cell = np.full(len(conditions.cell_condition), UNUSED, dtype=np.int8)
         cell[~drop[conditions.cell_condition]] = split.cell
         record = {
-            **split.record,
-            "counts": count(conditions, condition, cell),
+            **recorded(conditions, split, condition, cell, order),
             "imbalance": imbalance(np.array(self.counts)),
-            "training_perturbations": {
-                conditions.context_name(c): int(
-                    ((condition == TRAIN) & ~conditions.is_control & (conditions.context == c)).sum()
-                )
-                for c in order
-            },
         }
         return Split(condition=condition, cell=cell, stratum=stratum.astype(str), record=record)
 

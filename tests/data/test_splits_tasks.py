@@ -6,7 +6,7 @@ import pytest
 import screens
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_splits import by_name, designs
+from split_laws import designs, in_words
 
 from perturbray.data.dataset import DatasetSpec
 from perturbray.data.splits import (
@@ -111,7 +111,7 @@ def test_neither_order_of_rows_nor_of_categories_changes_a_task(design, random, 
     names = [f"cell_{i:05d}" for i in range(len(design))]
     conditions = screens.conditions_of(design, names=names)
     try:
-        expected = by_name(conditions, task.split(conditions))
+        expected = in_words(conditions, task.split(conditions))
     except InputError:
         return
     order = random.sample(range(len(design)), len(design))
@@ -120,7 +120,7 @@ def test_neither_order_of_rows_nor_of_categories_changes_a_task(design, random, 
         names=[names[i] for i in order],
         categories=lambda values: ["unused", *sorted(set(values), reverse=True)],
     )
-    assert by_name(other, task.split(other)) == expected
+    assert in_words(other, task.split(other)) == expected
 
 
 @pytest.mark.parametrize("task", [Combination, UnseenPerturbation])
