@@ -266,7 +266,7 @@ def _series(runs: pd.DataFrame) -> pd.Series:
 
 
 def _short(value: object) -> str:
-    return f"{value:g}" if isinstance(value, int | float | np.number) else str(value)
+    return f"{value:g}" if isinstance(value, int | float | np.number) else str(value) or "none"
 
 
 def _levels(runs: pd.DataFrame) -> pd.DataFrame:

@@ -1,7 +1,7 @@
 """Scores of conditions drawn from a model that is known: what claims, marks and intervals are held to.
 
-score = quality of the series at the level + condition + condition at the level + seed of the series + noise. A condition's
-effect is shared by all series, and by the contexts of its perturbation; so series are compared in pairs or not at all.
+score = quality of the series at the level + condition + condition for the series + trial + noise. What is hard in a condition
+is shared by all series and, in part, by the contexts of its perturbation; so series are compared in pairs or not at all.
 """
 
 from collections.abc import Mapping

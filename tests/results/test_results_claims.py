@@ -11,7 +11,8 @@ from perturbray.results import intervals
 from perturbray.results.claims import power_law
 from perturbray.results.claims.claim import FAILS, HOLDS, OPEN, Region, frame, judged
 from perturbray.results.claims.evidence import Estimate, Evidence
-from perturbray.results.claims.published import CLAIMS, power_law_of
+from perturbray.results.claims.findings import power_law_of
+from perturbray.results.claims.published import CLAIMS
 from perturbray.results.cube import Cube
 from perturbray.results.summary import summarise
 

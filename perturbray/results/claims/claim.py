@@ -1,6 +1,6 @@
-"""A claim: what it needs, an estimate with its interval, and a sentence; three outcomes. `published` holds the entries.
+"""A claim: what it needs, an estimate with its interval, and a sentence; three outcomes.
 
-To add one, add a `Claim` to a sequence of them: its test returns estimates, and where they must lie for it to hold.
+To add one, add a `Claim` to those of `published`: its test, in `findings`, says what is estimated and where it must lie.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -39,39 +39,54 @@ class Region:
 
 @dataclass(frozen=True, kw_only=True)
 class Form:
-    """How an estimate is said: where it is surely above 0, surely below, or neither; ``{0}``, ``{1}`` are its subjects."""
+    """How an estimate is said: where it is surely above 0, surely below, or neither; ``{0}``, ``{1}`` are its subjects.
+
+    ``subject`` goes before, and is not said again of the next estimate of the same first subject.
+    """
 
     above: str
     below: str
     neither: str
+    subject: str = "of {0} "
 
-    def said(self, estimate: Estimate, digits: int, *, first: bool) -> str:
+    def said(self, estimate: Estimate, digits: int, *, after: Estimate | None) -> str:
         """Up to the end of its interval, whose bracket is left open."""
         value, low, high = estimate.value, estimate.low, estimate.high
         signless = self.above == self.below
-        sure = np.isnan(low) or low > 0 or high < 0
-        text = self.neither if not sure or np.isnan(low) else self.above if value > 0 else self.below
-        if sure and value < 0 and not signless and not np.isnan(low):
+        sure = low > 0 or high < 0
+        text = self.neither if not sure else self.above if value > 0 else self.below
+        if sure and value < 0 and not signless:
             value, low, high = -value, -high, -low
-        sign = not signless and text == self.neither
+        sign = not signless and not sure
         spread = wording.interval(low, high, digits, sign=sign)[1:-1].replace(", ", " to ") or "no interval"
-        lead = "95\N{NO-BREAK SPACE}% interval " if first and spread != "no interval" else ""
+        lead = "95\N{NO-BREAK SPACE}% interval " if after is None and spread != "no interval" else ""
+        named = self.subject if after is None or after.subjects[0] != estimate.subjects[0] else ""
         size = wording.number(value, digits, sign=sign)
-        return f"{text.format(*estimate.subjects, size=size)} ({lead}{spread}"
+        return f"{(named + text).format(*estimate.subjects, size=size)} ({lead}{spread}"
 
 
-CHANGE = Form(above="of {0} rises by {size}", below="of {0} falls by {size}", neither="of {0} changes by {size}")
+CHANGE = Form(above="rises by {size}", below="falls by {size}", neither="changes by {size}")
 GAP = Form(
-    above="of {0} is higher than that of {1} by {size}",
-    below="of {0} is lower than that of {1} by {size}",
-    neither="of {0} differs from that of {1} by {size}",
+    above="is higher than that of {1} by {size}",
+    below="is lower than that of {1} by {size}",
+    neither="differs from that of {1} by {size}",
 )
 LOSS = Form(
-    above="of {0} loses {size} less than that of {1}",
-    below="of {0} loses {size} more than that of {1}",
-    neither="of {0} changes by {size} against that of {1}",
+    above="loses {size} less than that of {1}",
+    below="loses {size} more than that of {1}",
+    neither="changes by {size} against that of {1}",
 )
-LEVEL = Form(above="of {0} is {size}", below="of {0} is {size}", neither="of {0} is {size}")
+LEVEL = Form(above="is {size}", below="is {size}", neither="is {size}")
+TIMES = Form(
+    above="is {size} times that of {1}", below="is {size} times that of {1}", neither="is {size} times that of {1}"
+)
+SHARE = Form(above="goes {size}", below="goes {size}", neither="goes {size}", subject="{0} ")
+FURTHER = Form(
+    above="goes further by {size}",
+    below="goes less far by {size}",
+    neither="goes as far, but for {size}",
+    subject="{0} ",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +108,8 @@ class Finding:
     @property
     def sentence(self) -> str:
         """The estimates with their intervals and on what they rest."""
-        parts = [self.form.said(one, self.digits, first=not at) for at, one in enumerate(self.estimates)]
+        pairs = zip(self.estimates, [None, *self.estimates], strict=False)
+        parts = [self.form.said(one, self.digits, after=before) for one, before in pairs]
         seeds = min(estimate.seeds for estimate in self.estimates)
         conditions = min(estimate.conditions for estimate in self.estimates)
         counts = f"{seeds} seed{'s' * (seeds != 1)}" + (f", {conditions} conditions" if conditions else "")
