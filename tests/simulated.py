@@ -111,8 +111,8 @@ def latent_factors(
     level: float = 0.0,
     seed: int = 0,
 ) -> Drawn:
-    """x = level + shift_context + F W + effect_p + noise, with N(0, 1) factors, loadings and effects: a cell's own state, which a
-    model should keep apart from its perturbation. Cells of all conditions in all subsets."""
+    """x = level + shift_context + F W + effect_p + noise, with N(0, 1) factors, loadings and effects: a cell's own state, which
+    a model should keep apart from its perturbation. Cells of all conditions in all subsets."""
     rng = np.random.default_rng(seed)
     labels = [f"drug_{i:03d}" for i in range(perturbations)]
     conditions = screens.conditions_of(design(contexts, labels, cells=cells, controls=cells))
