@@ -203,11 +203,11 @@ class Course:
         if len(self.failed) >= self.search.max_failed:
             reasons = "; ".join(f"trial {record['number']}: {record['reason']}" for record in self.failed[:3])
             raise SearchError(
-                f"search of {self.search.model}: {len(self.failed)} of {len(self.records)} trials failed, and "
+                f"search of {self.search.shown}: {len(self.failed)} of {len(self.records)} trials failed, and "
                 f"{self.search.max_failed} end it ({reasons}); raise max_failed to go on"
             )
         if self.best is None:
-            raise SearchError(f"search of {self.search.model}: no trial came to an end within the time that it had")
+            raise SearchError(f"search of {self.search.shown}: no trial came to an end within the time that it had")
         return self.best
 
     def run(
@@ -229,7 +229,7 @@ class Course:
         ledger.write_header(
             self.folder,
             {
-                "model": search.model,
+                "model": search.shown,
                 "objective": search.objective.name,
                 "way": search.way,
                 "samples": search.samples,

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from perturbray.data.ablations import ABLATIONS
 from perturbray.errors import InputError, nearest
 from perturbray.metrics.effects import EFFECTS
 from perturbray.metrics.metric import Metric
@@ -172,6 +173,12 @@ class Search:
     def model(self) -> str:
         """The name of what is searched."""
         return MODELS.name_of(self.base.model)
+
+    @property
+    def shown(self) -> str:
+        """For people: the model, and what is taken from training where it is searched anew for that."""
+        ablation = self.base.ablation
+        return self.model if ablation is None else f"{self.model} at {ABLATIONS.name_of(ablation)} {ablation.shown}"
 
     def identity(self, fingerprint: str) -> str:
         """A hash of all that decides which configurations are proposed and what they are worth."""

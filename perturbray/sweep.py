@@ -114,7 +114,7 @@ class Sweep:
         ablations = sorted(dict.fromkeys(t.ablation for t in trials), key=lambda a: getattr(a, "level", 0))
         kept = {ablations[0], ablations[-1]}
         trials = [t for t in trials if t.seed == seed and t.ablation in kept]
-        searches = tuple(search.smoke() for search in self.searches)
+        searches = tuple(search.smoke() for search in self.searches if search.base.ablation in kept)
         return replace(self, name=f"{self.name}-smoke", trials=tuple(trials), searches=searches)
 
 

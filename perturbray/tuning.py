@@ -6,6 +6,7 @@ which goes on needs: nothing of Tune's own state is read again.
 
 import os
 import pickle
+import re
 import shutil
 import time
 from collections.abc import Iterable, Iterator
@@ -103,10 +104,10 @@ def tune(
         course, best = _search(sweep, search, folder, address, plugins, events, track)
         sides = course.borders()
         for path, side in sides.items():
-            events.line(f"search of {search.model}: the best {path}, {best['values'][path]:g}, lies at the {side} end")
+            events.line(f"search of {search.shown}: the best {path}, {best['values'][path]:g}, lies at the {side} end")
         if search.widen and sides:
             wider = replace(search, space=widen(search.space, sides), first=(best["values"],), widen=False)
-            events.line(f"search of {search.model}: once more, with {', '.join(sides)} widened")
+            events.line(f"search of {search.shown}: once more, with {', '.join(sides)} widened")
             _, again = _search(sweep, wider, folder, address, plugins, events, track)
             best = min(best, again, key=lambda record: record[OBJECTIVE])
         found += _tuned(search, best, folder, course, events)
@@ -121,7 +122,7 @@ def known(sweep: Sweep, folder: Path, events: Events) -> Sweep:
         plan.scan(events.line)
         course = Course(search, folder / ledger.FOLDER, plan.contents[search.base.dataset], keep=False)
         best = "" if course.best is None else f", best {OBJECTIVE} {course.best[OBJECTIVE]:.5g} so far"
-        events.line(f"search of {search.model}: {len(course.records)} of {search.samples} trials done{best}")
+        events.line(f"search of {search.shown}: {len(course.records)} of {search.samples} trials done{best}")
         if course.over and course.best:
             trials += _trials(search, course.best)
     return replace(sweep, trials=tuple(trials), searches=())
@@ -186,7 +187,7 @@ def _run(
         checkpoint_seconds=CHECKPOINT_SECONDS,
     )
     events.line(
-        f"search of {search.model} ({search.way}): {len(course.records)} of {search.samples} trials known; {room}; minimises "
+        f"search of {search.shown} ({search.way}): {len(course.records)} of {search.samples} trials known; {room}; minimises "
         f"{search.objective.name} on {len(judge.truth)} validation conditions"
     )
     stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
@@ -394,7 +395,7 @@ class _Lines:
             return
         self.best, self.last = key, now
         states = [record["state"] for record in course.records.values()]
-        text = f"search of {course.search.model}: {len(states)} of {course.search.samples} trials"
+        text = f"search of {course.search.shown}: {len(states)} of {course.search.samples} trials"
         text += f", {states.count('stopped')} stopped early" + (
             f", {states.count('failed')} failed" * ("failed" in states)
         )
@@ -413,9 +414,9 @@ def _tuned(search: Search, best: dict, folder: Path, course: Course, events: Eve
         "content": course.fingerprint,
     }
     tuned = Tuned(model=trials[0].model, training=trials[0].training, origin=origin)
-    path = folder / f"{TUNED}-{search.model}.json"
+    path = folder / f"{TUNED}-{re.sub(r'[^A-Za-z0-9_.]+', '-', search.shown)}.json"
     table.replace_file(path, lambda target: target.write_text(tuned.to_json(), encoding="utf-8"))
-    events.line(f"the best of {search.model}, {OBJECTIVE} {best[OBJECTIVE]:.5g}, in {path} (--model {path} runs it):")
+    events.line(f"the best of {search.shown}, {OBJECTIVE} {best[OBJECTIVE]:.5g}, in {path} (--model {path} runs it):")
     events.line(str(tuned))
     if replace(trials[0], variant="") == replace(search.base, seed=0):
         events.line("which is the configuration that it comes with: its trials are those of both")

@@ -37,7 +37,7 @@ class Judge:
         """What the validation cells of a search's base hold. Raises InputError where they cannot judge a model."""
         split, objective = search.base.make_split(conditions), search.objective
         if not ((split.condition == VAL) & ~conditions.is_control).any():
-            raise InputError(f"search of {search.model}: the split leaves no validation condition; hold out more")
+            raise InputError(f"search of {search.shown}: the split leaves no validation condition; hold out more")
         truth = observe(cells, conditions, split, subset=VAL, linear=objective.needs_linear, target_sum=target_sum)
         judge = cls(objective=objective, truth=_lean(truth), stratum=split.stratum[truth.rows])
         return judge._scaled(search, cells, conditions) if objective.scaled else judge

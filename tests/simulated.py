@@ -25,7 +25,7 @@ class Drawn:
     factors: np.ndarray | None = None  # (cells, factors), a cell's own state
     masks: np.ndarray | None = None  # (perturbations, latent dimensions) bool, in the order of the vocabulary
     offsets: np.ndarray | None = None  # (perturbations, latent dimensions), zero where the mask is
-    decoder: tuple[np.ndarray, ...] | None = None  # max(z A + b, 0) C as A, b, C
+    decoder: tuple[np.ndarray, ...] | None = None  # max(z A + b, 0) C as A, b, C; or z A as A
 
 
 def design(contexts: int, labels: Sequence[str], *, cells: int, controls: int) -> list[screens.Cell]:
@@ -108,16 +108,17 @@ def latent_factors(
     factors: int = 8,
     noise: float = 0.3,
     shift: float = 0.0,
+    level: float = 0.0,
     seed: int = 0,
 ) -> Drawn:
-    """x = shift_context + F W + effect_p + noise, with N(0, 1) factors, loadings and effects: a cell's own state, which a
+    """x = level + shift_context + F W + effect_p + noise, with N(0, 1) factors, loadings and effects: a cell's own state, which a
     model should keep apart from its perturbation. Cells of all conditions in all subsets."""
     rng = np.random.default_rng(seed)
     labels = [f"drug_{i:03d}" for i in range(perturbations)]
     conditions = screens.conditions_of(design(contexts, labels, cells=cells, controls=cells))
     number = np.unique(conditions.perturbation, return_inverse=True)[1]
     effect = rng.standard_normal((number.max() + 1, genes))[number] * ~conditions.is_control[:, None]
-    means = effect + shift * rng.standard_normal((contexts, genes))[conditions.context]
+    means = level + effect + shift * rng.standard_normal((contexts, genes))[conditions.context]
     own = rng.standard_normal((len(conditions.cell_condition), factors))
     expression = means[conditions.cell_condition] + own @ rng.standard_normal((factors, genes))
     expression = expression + noise * rng.standard_normal(expression.shape)
@@ -134,21 +135,27 @@ def sparse_offsets(
     cells: int = 30,
     controls: int = 300,
     width: int = 64,
+    gain: float = 1.0,
     size: float = 3.0,
     noise: float = 0.7,
     seed: int = 0,
 ) -> Drawn:
     """The generative model of SAMS-VAE: x = Dec(z + m_t e_t) + noise, Dec a fixed random network with one hidden layer,
-    z ~ N(0, 1), masks with ``active`` dimensions a perturbation, offsets of either sign and about the same size. The means
-    are those of many draws of z."""
+    or with ``width`` 0 a matrix, z ~ N(0, 1), masks with ``active`` dimensions a perturbation, offsets of either sign and
+    about the same size. ``gain`` is the size of what a decoder makes of z. The means are those of many draws of z."""
     rng = np.random.default_rng(seed)
     labels = [f"drug_{i:03d}" for i in range(perturbations)]
     conditions = screens.conditions_of(design(1, labels, cells=cells, controls=controls))
-    first, bias = rng.standard_normal((latent, width)) / np.sqrt(latent), rng.standard_normal(width)
-    second = rng.standard_normal((width, genes)) / np.sqrt(width)
+    decoder: tuple[np.ndarray, ...]
+    if width:
+        first, bias = rng.standard_normal((latent, width)) / np.sqrt(latent), rng.standard_normal(width)
+        decoder = first, bias, gain * rng.standard_normal((width, genes)) / np.sqrt(width)
+    else:
+        decoder = (gain * rng.standard_normal((latent, genes)) / np.sqrt(latent),)
 
     def decode(z: np.ndarray) -> np.ndarray:
-        return np.maximum(z @ first + bias, 0) @ second
+        first, *rest = decoder
+        return np.maximum(z @ first + rest[0], 0) @ rest[1] if rest else z @ first
 
     masks = rng.permuted(np.arange(latent) < np.full((perturbations, 1), active), axis=1)
     sizes = size * rng.uniform(0.67, 1.33, masks.shape) * rng.choice([-1.0, 1.0], masks.shape)
@@ -167,5 +174,5 @@ def sparse_offsets(
         factors=own,
         masks=masks,
         offsets=offsets,
-        decoder=(first, bias, second),
+        decoder=decoder,
     )

@@ -244,7 +244,8 @@ def _runs(table: pd.DataFrame, plan: Mapping) -> pd.DataFrame:
 def _series(runs: pd.DataFrame) -> pd.Series:
     """The model's name, with those fields in which trials of that model differ (seeds aside).
 
-    Trials with a ``variant`` (tuned) are told apart by it, and by fields only from others of the same variant.
+    Trials with a ``variant`` (tuned) are told apart by it, and by fields only from others of the same variant and level:
+    what was searched for anew at each level is one series.
     """
     fields = [name for name in runs if name.startswith(("model.", "training.")) or name in ("dataset", "split")]
     fields = [name for name in fields if not name.endswith("seed")]
@@ -252,7 +253,10 @@ def _series(runs: pd.DataFrame) -> pd.Series:
     if "variant" in runs:
         labels += runs["variant"].astype(object).map(lambda text: f" ({text})" if isinstance(text, str) else "")
     for _, part in runs.groupby(labels.copy(), sort=False):
-        varying = [name for name in fields if len(set(map(repr, part[name]))) > 1]
+        tuned = "variant" in part and all(isinstance(text, str) and text for text in part["variant"])
+        by_level = tuned and "ablation.level" in part
+        alike = [group for _, group in part.groupby("ablation.level", dropna=False)] if by_level else [part]
+        varying = [name for name in fields if any(len(set(map(repr, group[name]))) > 1 for group in alike)]
         for index, *values in part[varying].itertuples(name=None) if varying else ():
             shown = ", ".join(
                 f"{name.rpartition('.')[2]} {_short(value)}" for name, value in zip(varying, values, strict=True)

@@ -7,6 +7,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from scipy.stats import entropy
 from small import METRICS
@@ -21,6 +22,7 @@ from perturbray.plan import Plan, task_of
 from perturbray.results import table
 from perturbray.results.report import write_report
 from perturbray.results.summary import summarise
+from perturbray.tuning import tune
 
 SWEEPS = Path(__file__).parents[2] / "sweeps"
 MODEL = pr.LatentAdditive(width=8, latent_dim=4)
@@ -89,6 +91,35 @@ def test_balanced_sampling_stands_beside_each_model_that_trains_in_epochs(spec):
     ]
 
 
+def test_a_search_at_every_level_starts_from_the_trials_of_that_level(spec):
+    plain, sweep = (made("imbalance", spec, retune=retune, samples=7) for retune in (False, True))
+    assert not plain.searches
+    assert sweep.trials == plain.trials
+    assert [search.base for search in sweep.searches] == [t for t in plain.trials if t.model == MODEL and t.seed == 0]
+    assert {(search.samples, search.seeds) for search in sweep.searches} == {(7, 3)}
+    assert [search.shown for search in sweep.searches] == [
+        f"latent_additive at imbalance {level}" for level in (0.0, 0.1, 0.2, 0.3)
+    ]
+    assert len({search.identity("content") for search in sweep.searches}) == 4
+    assert [search.base.ablation.level for search in sweep.smoke().searches] == [0.0, 0.3]
+
+
+@pytest.mark.slow
+def test_what_is_searched_for_anew_at_each_level_is_one_line_of_the_figure(spec, tmp_path, ray_session):
+    sweep = made("imbalance", spec, retune=True).smoke().override({"training.epochs": 2})
+    sweep = replace(sweep, searches=tuple(replace(search, samples=3) for search in sweep.searches))
+    found = tune(sweep, tmp_path)
+    tuned = [t for t in found.trials if t.variant == "tuned"]
+    assert [t.ablation.level for t in tuned] == [0.0, 0.3]
+    kept = sorted(path.name for path in tmp_path.glob("tuned-*.json"))
+    assert kept == [f"tuned-latent_additive-at-imbalance-{level}.json" for level in (0.0, 0.3)]
+    run_sweep(Plan.of(found, tmp_path))
+    page = write_report(tmp_path, png=False).read_text()
+    assert all(f"latent_additive at imbalance {level}: tpe, 3 trials" in page for level in (0.0, 0.3))
+    summary = summarise(table.read(tmp_path), table.read_plan(tmp_path), resamples=50)
+    assert set(summary.series) <= {*sweep.baselines, "latent_additive", "latent_additive (tuned)"}
+
+
 @pytest.mark.parametrize(("axis", "levels"), [("contexts", "2,3"), ("perturbations", "0.5,0.75,1"), ("cells", "")])
 def test_levels_of_the_scaling_sweep_are_parts_of_each_other_and_judged_alike(spec, tmp_path, axis, levels):
     sweep = made("scaling", spec, axis=axis, levels=levels)
@@ -138,3 +169,22 @@ def test_a_run_of_scaling_has_the_amount_of_data_as_its_axis(spec, tmp_path, ray
     assert list(summary.levels["x"]) == [small["train_conditions"], large["train_conditions"]]
     assert "Score against train conditions" in page
     assert rows[rows["metric"] == "rmse/average"]["value"].notna().all()
+
+
+def test_a_variant_is_told_apart_by_fields_within_a_level_and_not_by_those_that_a_level_brings():
+    def rows(level: float, width: int, variant: str, key: str) -> pd.DataFrame:
+        fields = {"key": key, "name": key, "model": "net", "variant": variant or None, "model.width": width, "seed": 0}
+        place = {
+            "covariate.cell_type": "a",
+            "perturbation": list("pqrs"),
+            "stratum": "common",
+            "metric": "rmse/average",
+        }
+        return pd.DataFrame({**place, **fields, "ablation.level": level, "value": np.arange(4.0), "status": ""})
+
+    tuned = [rows(0.0, 64, "tuned", "a"), rows(0.3, 128, "tuned", "b")]
+    assert summarise(pd.concat(tuned), {}, resamples=10).series == ["net (tuned)"]
+    both = [*tuned, rows(0.3, 256, "tuned", "c")]
+    assert len(summarise(pd.concat(both), {}, resamples=10).series) == 3
+    plain = [rows(0.0, 64, "", "a"), rows(0.3, 128, "", "b")]
+    assert summarise(pd.concat(plain), {}, resamples=10).series == ["net (width 128)", "net (width 64)"]
