@@ -15,6 +15,7 @@ LATENT = "latent_additive"
 BLIND = ("decoder_cov",)  # does not see the perturbation, and so has nothing to lose or to gain
 LINEAR = ("linear_additive", "linear_plain", *BLIND)  # not what is meant by a deep model
 VAES = ("cpa", "cpa_noadv", "sams_vae", "sams_vae_s", "biolord_star")
+SHIFTS = ("mean_shift", "additive")  # baselines that add the mean of an effect to each control cell
 COMBINED = {"combination", "combination_published"}  # splits whose test conditions are combinations alone
 NEAR = 0.05  # of the span of a metric: within it two values are called alike
 FAIR = 0.15  # half of the published cosine of the covariate-only decoder
@@ -328,21 +329,22 @@ def against_seeing(evidence: Evidence) -> list[tuple[str, str]]:
 
 
 def blind_to_cells(evidence: Evidence, scale: Scale) -> Finding | None:
-    """C13: by a score of means a model stands near a replicate, by the distribution of cells it does not.
+    """C13: by a score of means a prediction stands near a replicate, by the distribution of cells it does not.
 
-    Of all series the one that goes furthest by the score of means. A difference of scaled scores (``anchors``).
+    Of a prediction that shifts all cells alike, the better of ``SHIFTS``: it has the noise of cells and no unlike response.
+    A difference of scaled scores (``anchors``).
     """
     cube, level = evidence.halves, evidence.base
     cells = next((one for one in evidence.summary.scales.values() if of_cells(one)), None)
     best, response = None, evidence.main[MEAN_RESPONSE]
-    for series in evidence.main.values():
+    for series in (evidence.main[model] for model in SHIFTS if model in evidence.main):
         columns = [
             (metric, level, name)
             for metric in (scale.name, getattr(cells, "name", ""))
             for name in (series, response, REPLICATE)
         ]
         found = [place(cube, column) for column in columns]
-        if series == response or None in found or cube.failed[found].any():
+        if None in found or cube.failed[found].any():
             continue
         reached = scale.sign * cube.means[found[0]]
         best = max(best or (-np.inf, "", []), (reached, series, columns))

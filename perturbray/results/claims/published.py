@@ -12,6 +12,7 @@ from perturbray.results.claims.findings import (
     HALVES,
     LATENT,
     RANK_LEAST,
+    SHIFTS,
     UNSTABLE,
     VAES,
     WORSE,
@@ -138,7 +139,7 @@ CLAIMS = (
         SLIDES,
         is_score,
         blind_to_cells,
-        *(HALVES, CELLS, models(MEAN_RESPONSE)),
+        *(HALVES, CELLS, models(MEAN_RESPONSE), one_of(*SHIFTS)),
     ),
     _claim(
         "C14",
