@@ -110,13 +110,8 @@ def latent_factors(
     shift: float = 0.0,
     seed: int = 0,
 ) -> Drawn:
-<<<<<<< HEAD
-    """x = level + shift_context + F W + effect_p + noise, with N(0, 1) factors, loadings and effects: a cell's own state, which
-    a model should keep apart from its perturbation. Cells of all conditions in all subsets."""
-=======
     """x = shift_context + F W + effect_p + noise, with N(0, 1) factors, loadings and effects: a cell's own state, which a
     model should keep apart from its perturbation. Cells of all conditions in all subsets."""
->>>>>>> sams
     rng = np.random.default_rng(seed)
     labels = [f"drug_{i:03d}" for i in range(perturbations)]
     conditions = screens.conditions_of(design(contexts, labels, cells=cells, controls=cells))
