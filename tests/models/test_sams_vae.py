@@ -165,8 +165,8 @@ WITHOUT_COVARIATES = SAMSVAE(
 @pytest.mark.slow
 def test_masks_recover_the_support_of_effects_though_the_decoder_is_learned_too():
     """Cells alone leave the latent space free to rotate. The masks' prior does not: in any other rotation more of them are
-    open. The turn is slow, so that it takes a high rate, many epochs, and masks relaxed far enough to pull at an offset
-    from afar; and loadings that are not large against the noise, which would hold the rotation that was found first."""
+    open. The turn is slow: at half this rate, at temperature 0.5, or with loadings larger against the noise, it is not
+    complete after so many epochs."""
     drawn = simulated.sparse_offsets(perturbations=100, active=2, cells=25, controls=250, width=0, gain=0.5)
     model = built(drawn.lab, replace(WITHOUT_COVARIATES, decoder_layers=0, temperature=2.0))
     training = Training(epochs=200, lr=2e-2, patience=200, plateau_patience=20, weight_decay=0.0)
