@@ -10,6 +10,7 @@ from perturbray.results.wording import number
 
 DOTS = 200  # of a plot; of more conditions the extremes and evenly spaced ones between, by their difference
 REACHED = 3  # dots at either end that the keyboard comes to
+MOST = 12  # models drawn
 OPEN = 3  # plots of a metric that stand open; the others fold away
 SIDE, LEFT, TOP, EDGE = 300, 44, 34, 8  # of a plot, in its own units
 
@@ -20,7 +21,9 @@ def views(summary: Summary) -> list[dict]:
     metrics += [name for name in summary.headline if name.endswith("/rank")][:1]
     found = []
     for metric in metrics:
-        plots = [plot for series in _models(summary, metric) if (plot := _plot(summary, metric, series)) is not None]
+        plots = [
+            plot for series in _models(summary, metric)[:MOST] if (plot := _plot(summary, metric, series)) is not None
+        ]
         if plots:
             scale = summary.scales[metric]
             title = f"{scale.title} {scale.arrow}, {scale.effect}"
