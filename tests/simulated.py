@@ -108,17 +108,16 @@ def latent_factors(
     factors: int = 8,
     noise: float = 0.3,
     shift: float = 0.0,
-    level: float = 0.0,
     seed: int = 0,
 ) -> Drawn:
-    """x = level + shift_context + F W + effect_p + noise, with N(0, 1) factors, loadings and effects: a cell's own state, which a
+    """x = shift_context + F W + effect_p + noise, with N(0, 1) factors, loadings and effects: a cell's own state, which a
     model should keep apart from its perturbation. Cells of all conditions in all subsets."""
     rng = np.random.default_rng(seed)
     labels = [f"drug_{i:03d}" for i in range(perturbations)]
     conditions = screens.conditions_of(design(contexts, labels, cells=cells, controls=cells))
     number = np.unique(conditions.perturbation, return_inverse=True)[1]
     effect = rng.standard_normal((number.max() + 1, genes))[number] * ~conditions.is_control[:, None]
-    means = level + effect + shift * rng.standard_normal((contexts, genes))[conditions.context]
+    means = effect + shift * rng.standard_normal((contexts, genes))[conditions.context]
     own = rng.standard_normal((len(conditions.cell_condition), factors))
     expression = means[conditions.cell_condition] + own @ rng.standard_normal((factors, genes))
     expression = expression + noise * rng.standard_normal(expression.shape)

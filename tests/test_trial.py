@@ -16,7 +16,7 @@ import torch
 
 from perturbray.data.ablations import Imbalance, PublishedImbalance
 from perturbray.data.dataset import DatasetSpec
-from perturbray.data.splits import TEST, TRAIN, CovariateTransfer, SplitSpec
+from perturbray.data.splits import TEST, TRAIN, UNUSED, CovariateTransfer, SplitSpec
 from perturbray.errors import InputError
 from perturbray.models.base import MODELS
 from perturbray.models.baselines import MeanShift, NoChange
@@ -376,6 +376,23 @@ def test_a_model_is_refused_a_task_with_perturbations_that_it_cannot_know(screen
 def test_perturbations_that_an_ablation_takes_away_are_reported_and_not_refused(screen):
     taken = trial_of(screen, "latent_additive", ablation=Imbalance(level=0.2, highest=0.2, tolerance=0.1))
     taken.check(screen.conditions)
+
+
+def test_an_ablation_that_leaks_is_refused_as_a_split_is(screen, monkeypatch):
+    """One that trains on cells of test conditions."""
+    trial = trial_of(screen, "mean_shift", ablation=Imbalance(level=0.2, highest=0.2, tolerance=0.1))
+    fair = trial.make_split(screen.conditions)
+    assert sum(fair.record["strata"]["common"][1:]) == (fair.condition != UNUSED)[~screen.conditions.is_control].sum()
+
+    def greedy(self, conditions, task, *, seed):
+        split = task.split(conditions)
+        return replace(split, cell=np.where(split.cell == TEST, TRAIN, split.cell))
+
+    monkeypatch.setattr(Imbalance, "apply", greedy)
+    with pytest.raises(
+        InputError, match=r"imbalance: \d+ cells leak: .* stands in train, but its condition .* in test"
+    ):
+        trial.make_split(screen.conditions)
 
 
 def test_a_split_that_leaves_nothing_to_predict_is_refused_by_the_trials_name(screen, monkeypatch):

@@ -113,7 +113,7 @@ def curves(summary: Summary) -> Figure | None:
                 panel.plot(epoch, watched, color=colour, linewidth=1.2)
                 best = int(np.nanargmin(watched)) if np.isfinite(watched).any() else 0
                 panel.plot(epoch[best], watched[best], marker=looks[series]["marker"], color=colour, markersize=4)
-            panel.set_title(_plain_text(series), fontsize=8, parse_math=False)
+            panel.set_title(plain_text(series), fontsize=8, parse_math=False)
             panel.xaxis.set_major_locator(MaxNLocator(4, integer=True))
             panel.yaxis.set_major_locator(MaxNLocator(4))
         for panel in axes[len(shown) :]:
@@ -131,33 +131,29 @@ def scalable(summary: Summary) -> list[str]:
 
 def _panels(summary: Summary, metrics: list[str], *, draw: Callable) -> Figure:
     with mpl.rc_context(STYLE):
-        columns = _columns(metrics)
-        depth = max((len(column) for column in columns), default=1)
+        stacks = columns(metrics)
+        depth = max((len(column) for column in stacks), default=1)
         looks = looks_of(summary)
-        width = max(PANEL[0] * max(len(columns), 1), 4.4)
+        width = max(PANEL[0] * max(len(stacks), 1), 4.4)
         rows, per_row = _legend_rows(looks, width)
         legend, height = 0.17 * rows + 0.1, PANEL[1] * depth
         size = width, legend + height + 0.3
         figure = Figure(figsize=size)
-        levels = summary.levels["x"].dropna()
-        axes = figure.subplots(depth, max(len(columns), 1), squeeze=False, sharex=True)
+        axes = figure.subplots(depth, max(len(stacks), 1), squeeze=False, sharex=True)
         # Places in inches: a layout engine would draw the figure twice, and take half of the page's time.
-        step = width / max(len(columns), 1), PANEL[1]
+        step = width / max(len(stacks), 1), PANEL[1]
         for (down, across), panel in np.ndenumerate(axes):
             left, bottom = step[0] * across + 0.62, 0.3 + step[1] * (depth - 1 - down) + 0.3
             panel.set_position(
                 (left / size[0], bottom / size[1], (step[0] - 0.75) / size[0], (step[1] - 0.78) / size[1])
             )
-        for across, column in enumerate(columns):
+        for across, column in enumerate(stacks):
             for down in range(depth):
                 if down < len(column):
                     draw(axes[down, across], summary, summary.scales[column[down]], looks=looks)
-                    if len(levels) == 1:  # an axis around one point would show meaningless digits
-                        shown = f"{levels.iloc[0]:.2g}" if summary.plan.get("x", "level") else ""
-                        axes[down, across].set_xticks(levels, [shown])
                 else:
                     axes[down, across].set_visible(False)
-        if columns:
+        if stacks:
             label = summary.plan.get("x_label") or summary.plan.get("x", "level")
             figure.text(0.5, 0.1 / size[1], label, fontsize=8.5, ha="center", va="bottom")
             _legend(figure, looks, columns=per_row)
@@ -205,7 +201,7 @@ def save(figure: Figure, folder: Path, *, name: str = "figure", png: bool = True
     return text
 
 
-def _columns(metrics: list[str]) -> list[list[str]]:
+def columns(metrics: list[str]) -> list[list[str]]:
     """Panels: a score with its rank form beneath it."""
     scores = [name for name in metrics if not name.endswith("/rank")]
     columns = [[name] + [f"{name}/rank"] * (f"{name}/rank" in metrics) for name in scores]
@@ -223,7 +219,7 @@ def _panel(axes: Axes, summary: Summary, scale: Scale, *, looks: dict[str, dict]
         x, mean, low, high = (line[name].to_numpy(float) for name in ("x", "mean", "low", "high"))
         faint = 0.10 if look["color"] == BASELINE else 0.16
         axes.fill_between(x, low, high, color=look["color"], alpha=faint, linewidth=0, zorder=1)
-        if len(x) == 1:  # a band needs two points; one level has a bar
+        if len(x) == 1:  # a band needs two points
             axes.vlines(x, low, high, color=look["color"], linewidth=1.1, zorder=look["zorder"])
         axes.plot(x, mean, markersize=4, markeredgewidth=0.9, **look)
     _chance(axes, scale)
@@ -318,7 +314,7 @@ def _legend_rows(looks: dict[str, dict], width: float) -> tuple[int, int]:
 
 def _legend(figure: Figure, looks: dict[str, dict], *, columns: int) -> None:
     handles = [
-        Line2D([], [], markersize=4.5, markeredgewidth=0.9, label=_plain_text(series), **look)
+        Line2D([], [], markersize=4.5, markeredgewidth=0.9, label=plain_text(series), **look)
         for series, look in looks.items()
     ]
     legend = figure.legend(handles=handles, loc="upper left", ncols=columns, frameon=False, handlelength=2.6)
@@ -328,6 +324,6 @@ def _legend(figure: Figure, looks: dict[str, dict], *, columns: int) -> None:
             text.set_style("italic")
 
 
-def _plain_text(label: str) -> str:
+def plain_text(label: str) -> str:
     """A name as it is: matplotlib hides a label that starts with an underscore."""
     return f"\u200b{label}" if label.startswith("_") else label

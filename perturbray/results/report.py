@@ -8,7 +8,7 @@ from types import MappingProxyType
 
 from markupsafe import Markup
 
-from perturbray.results import page, plots, scatter, search, sections, table
+from perturbray.results import dots, page, plots, scatter, search, sections, table
 from perturbray.results.claims.claim import Claim, Finding, frame, judged
 from perturbray.results.claims.published import CLAIMS
 from perturbray.results.summary import Summary, summarise
@@ -65,9 +65,11 @@ def write_report(folder: str | Path, *, reader: table.Reader | None = None, png:
     if summary.headline:
         running = plan.get("status", {}).get("state") == "running"
         png = not running if png is None else png
-        figure = plots.save(plots.against_x(summary), folder, png=png)
+        alone = len(summary.levels) == 1
+        figure = plots.save(dots.board(summary) if alone else plots.against_x(summary), folder, png=png)
         if plots.scalable(summary):
-            scaled = plots.save(plots.scaled(summary), folder, name="scaled", png=png)
+            drawn = dots.scaled(summary) if alone else plots.scaled(summary)
+            scaled = plots.save(drawn, folder, name="scaled", png=png)
         drawn = plots.curves(summary)
         curves = None if drawn is None else plots.svg(drawn)
         summary.write(folder / "summary.csv")

@@ -46,10 +46,13 @@ def figure_caption(summary: Summary) -> str:
         " Floor and ceiling, dashed, are the mean response and a replicate against one half of the cells, which is noisier "
         "than all cells, that models are judged against here."
     )
+    line, bar = ("Each line is a model, baselines in grey and dashed", "band")
+    if len(summary.levels) == 1:
+        line, bar = ("Each row is a model, the best by the first score on top, baselines hollow and grey", "bar")
     return (
-        "Each line is a model, baselines in grey and dashed; a point is the mean over "
-        f"{_span(common['conditions'], 'condition')} and {_span(common['seeds'], 'seed')}, a band its 95 % interval over "
-        "conditions and seeds. Models are compared on the same conditions, so bands may overlap where the paired differences "
+        f"{line}; a point is the mean over "
+        f"{_span(common['conditions'], 'condition')} and {_span(common['seeds'], 'seed')}, a {bar} its 95 % interval over "
+        f"conditions and seeds. Models are compared on the same conditions, so {bar}s may overlap where the paired differences "
         f"below tell models apart.{anchored * (len(summary.anchors.bounds) > 0)}"
     )
 

@@ -50,7 +50,7 @@ def designs(draw, least: int = 2) -> list[screens.Cell]:
     labels = [*dict.fromkeys([*COMBINED, *labels[:4]])] if combined else labels
     cells: list[screens.Cell] = []
     for context in contexts:
-        cells += [(context, "control")] * draw(st.sampled_from([6, 7, 9, 15, 30]))
+        cells += [(context, "control")] * draw(st.sampled_from([6, 9, 15, 30, 30]))
         few = draw(st.integers(0, 4)) == 0
         for label in labels[: 1 if few else None]:
             cells += [(context, label)] * draw(st.sampled_from([1, 1, 1, 1, 3] if combined else [0, 1, 1, 1, 3]))
@@ -158,7 +158,7 @@ TASKS: dict[str, Callable[..., SplitSpec]] = {
         fraction=draw(st.sampled_from([0.3, 0.9])), max_contexts=draw(st.integers(1, 3)), seed=draw(st.integers(0, 99))
     ),
     "combination_published": lambda draw, _: PublishedCombination(
-        fraction=draw(st.sampled_from([0.7, 1.0])), seed=draw(st.integers(0, 99))
+        fraction=draw(st.sampled_from([1.0, 1.0, 0.7])), seed=draw(st.integers(0, 99))
     ),
     "inverse_combination_published": lambda draw, _: PublishedInverseCombination(
         fraction=draw(st.sampled_from([0.3, 0.9])), seed=draw(st.integers(0, 99))

@@ -5,7 +5,7 @@ import pytest
 import screens
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from split_laws import designs, in_words
+from split_laws import conditions_of, designs, in_words
 
 from perturbray.data.splits import (
     TEST,
@@ -40,9 +40,9 @@ def admits(conditions, task: CovariateTransfer) -> bool:
 
 
 @given(designs(), tasks())
-@settings(max_examples=50, deadline=None, derandomize=True)
+@settings(max_examples=30, deadline=None, derandomize=True)
 def test_transfer_keeps_the_laws(cells, task):
-    conditions = screens.conditions_of(cells)
+    conditions = conditions_of(cells)
     if not admits(conditions, task):
         with pytest.raises(InputError, match="no condition can be held out"):
             task.split(conditions)
@@ -83,31 +83,15 @@ def test_transfer_keeps_the_laws(cells, task):
     assert sum(sum(row[1] + row[2] for row in of.values()) for of in counts.values()) == len(of_cell)
 
 
-@given(designs(), tasks(), st.randoms(use_true_random=False))
-@settings(max_examples=20, deadline=None, derandomize=True)
-def test_neither_order_of_rows_nor_of_categories_changes_a_split(cells, task, random):
-    names = [f"cell_{i:05d}" for i in range(len(cells))]
-    conditions = screens.conditions_of(cells, names=names)
-    if not admits(conditions, task):
-        return
-    order = random.sample(range(len(cells)), len(cells))
-    other = screens.conditions_of(
-        [cells[i] for i in order],
-        names=[names[i] for i in order],
-        categories=lambda values: ["unused", *sorted(set(values), reverse=True)],
-    )
-    assert in_words(other, task.split(other)) == in_words(conditions, task.split(conditions))
-
-
 def test_one_context_admits_no_transfer():
-    conditions = screens.conditions_of(screens.rectangle(1, 5))
+    conditions = conditions_of(screens.rectangle(1, 5))
     with pytest.raises(InputError, match=r"1 context\(s\) \(line_a\).*needs perturbations measured in two contexts"):
         CovariateTransfer().split(conditions)
 
 
 def test_a_context_of_one_perturbation_keeps_it_and_its_controls():
     cells = [*screens.rectangle(2, 10), *[(("lone",), "control")] * 6, (("lone",), "drug_000")]
-    conditions = screens.conditions_of(cells)
+    conditions = conditions_of(cells)
     split = CovariateTransfer().split(conditions)
     of_condition, _ = in_words(conditions, split)
     assert of_condition[("lone",), "drug_000"] == "train"
@@ -122,7 +106,7 @@ def test_a_context_of_one_perturbation_keeps_it_and_its_controls():
 def test_a_context_with_too_few_controls_is_refused_in_words():
     cells = [*screens.rectangle(2, 10), *[(("lone",), "control")] * 2, (("lone",), "drug_000")]
     with pytest.raises(InputError, match="context lone has 2 control cells; 2 in each of train, validation and test"):
-        CovariateTransfer().split(screens.conditions_of(cells))
+        CovariateTransfer().split(conditions_of(cells))
 
 
 @given(
@@ -132,7 +116,7 @@ def test_a_context_with_too_few_controls_is_refused_in_words():
 )
 @settings(max_examples=30, deadline=None, derandomize=True)
 def test_controls_are_cut_by_their_shares_with_the_least_in_each(number, least, weights):
-    conditions = screens.conditions_of([(("a",), "control")] * number + [(("a",), "x")])
+    conditions = conditions_of([(("a",), "control")] * number + [(("a",), "x")])
     shares = tuple(w / sum(weights) for w in weights)
     cell = np.zeros(number + 1, dtype=np.int8)
     if number < 3 * least:
@@ -148,7 +132,7 @@ def test_controls_are_cut_by_their_shares_with_the_least_in_each(number, least, 
 
 
 def test_the_seed_decides_and_one_seed_is_one_split():
-    conditions = screens.conditions_of(screens.rectangle(3, 20))
+    conditions = conditions_of(screens.rectangle(3, 20))
     splits = [CovariateTransfer(seed=seed).split(conditions) for seed in (1, 1, 2)]
     assert (splits[0].condition == splits[1].condition).all()
     assert (splits[0].cell == splits[1].cell).all()
@@ -158,7 +142,7 @@ def test_the_seed_decides_and_one_seed_is_one_split():
 
 def test_every_perturbation_has_the_same_chance_of_being_held_out():
     """188 x 3 over 100 seeds: 56 a line, each perturbation 89.4 times give or take (spec of the splitter)."""
-    conditions = screens.conditions_of(screens.rectangle(3, 188, controls=6))
+    conditions = conditions_of(screens.rectangle(3, 188, controls=6))
     perturbed = ~conditions.is_control
     labels, code = np.unique(conditions.perturbation[perturbed], return_inverse=True)
     times = np.zeros((3, 188), dtype=int)
