@@ -1,7 +1,7 @@
 """The values of a sweep as an array, a row a condition, a column a (metric, level, series); columns compare here."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -18,6 +18,9 @@ UNDEFINED = (
     "no_detectable_effect",
 )
 """Reasons that lie in the truth: the value is NaN and left out. With any other reason a NaN is a failed prediction."""
+
+AT_ONCE = 20_000_000  # differences of pairs in samples, above which ``apart`` takes fewer samples ...
+FEWEST_DRAWS = 400  # ... but no fewer than this
 
 _COLUMN = ["metric", "level", "series"]
 
@@ -148,10 +151,12 @@ class Cube:
         """
         columns = np.asarray(columns, int)
         gap, size = np.full((2, len(columns), len(columns)), np.nan)
-        largest = np.zeros(len(self.draws))
+        step = int(np.clip(len(columns) ** 2 * len(self.draws) // AT_ONCE, 1, max(1, len(self.draws) // FEWEST_DRAWS)))
+        thinned = replace(self, draws=self.draws[::step], seed_draws=self.seed_draws[::step]) if step > 1 else self
+        largest = np.zeros(len(thinned.draws))
         for at in range(len(columns) - 1):
             rest = columns[at + 1 :]
-            estimate, draws, shared = self._gaps(np.full(len(rest), columns[at]), rest, tails=True)
+            estimate, draws, shared = thinned._gaps(np.full(len(rest), columns[at]), rest, tails=True)
             none = np.isnan(estimate) | (shared < intervals.FEWEST)
             scale, highest = intervals.deviation(np.where(none, np.nan, draws))
             largest = np.maximum(largest, highest)
@@ -177,7 +182,7 @@ class Cube:
             values = np.where(both[:, [pair]], self.values[:, [left[pair], right[pair]]], np.nan)
             estimate[pair] = np.subtract(*intervals.macro(values, self.context))
             again = {"context": self.context, "perturbation": self.perturbation, **self.bootstrap}
-            draws[:, pair] = np.subtract(*intervals.resampled(values, **again).T)
+            draws[:, pair] = np.subtract(*intervals.resampled(values, **again).T)[: len(draws)]
         shared, failed, seeds = both.sum(axis=0), self.failed, self.seeds
         estimate[failed[left] | failed[right] | (shared == 0)] = np.nan
         fewer, more = np.minimum(seeds[left], seeds[right]), np.maximum(seeds[left], seeds[right])

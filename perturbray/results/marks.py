@@ -4,6 +4,8 @@ from string import ascii_lowercase
 
 import numpy as np
 
+MOST = 60  # series that are lettered: of more, letters say little and take long
+
 
 def of(apart: np.ndarray) -> list[tuple[int, bool, str]]:
     """Place, whether it is shared, and letters of each series, best first, from which of them are told apart.
@@ -24,8 +26,10 @@ def letters(apart: np.ndarray) -> list[str]:
     """The letters of each series, best first: the compact letter display of Piepho (2004, J. Comput. Graph. Stat. 13:456).
 
     Every pair that is told apart splits each group that holds both; groups inside another are absorbed. What remains are
-    the largest groups without a pair that is told apart, lettered by their best.
+    the largest groups without a pair that is told apart, lettered by their best. None for more than ``MOST`` series.
     """
+    if len(apart) > MOST:
+        return [""] * len(apart)
     groups = [frozenset(range(len(apart)))] if len(apart) else []
     for one, other in np.argwhere(np.triu(apart)):
         split = {part for group in groups if {one, other} <= group for part in (group - {one}, group - {other})}

@@ -52,7 +52,7 @@ tbody.baselines th[colspan] { font-style: normal; padding-top: .9rem; font-size:
 .plots figure { margin: .4rem 0; min-width: 0; }
 .plots figcaption { margin: 0; }
 .plots figcaption b { color: var(--ink); overflow-wrap: anywhere; }
-.plots svg { width: 100%; height: auto; display: block; }
+.plots svg { width: 100%; height: auto; display: block; overflow: visible; }
 .dot circle { fill: var(--accent); fill-opacity: .5; }
 .dot text { visibility: hidden; fill: var(--ink); font-weight: 600; }
 .dot:hover circle, .dot:focus circle { fill: var(--bad); fill-opacity: 1; }

@@ -30,6 +30,7 @@ PAPER = "#fefefe"
 
 PANEL = (2.75, 2.35)  # inches
 SHOWN = (-1.0, 1.5)  # of scaled scores
+CURVED = 30  # series with learning curves on a page
 CURVES = 5  # learning curves side by side
 
 STYLE = {
@@ -95,7 +96,7 @@ def curves(summary: Summary) -> Figure | None:
         series: [np.array(rows, float) for text in part["curve"] if (rows := json.loads(text))]
         for series, part in trials.groupby("series", observed=True)
     }
-    shown = [series for series in summary.series if losses.get(series)]
+    shown = [series for series in summary.series if losses.get(series)][:CURVED]
     if not shown:
         return None
     looks = looks_of(summary)

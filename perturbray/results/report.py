@@ -32,12 +32,12 @@ CLAIMED = """Claims of PerturBench's paper and slides that this sweep has what i
 interval lies where it says, does not hold where an interval lies wholly elsewhere, and is left open otherwise. Where a
 sentence has several parts their intervals hold at once, and the claim holds if all of them do."""
 
-SCATTERS = """A dot is a test condition, {at}: what a model scores in it against the best baseline, equal on the dashed line.
+SCATTERS = """A dot is a test condition{at}: what a model scores in it against the best baseline, equal on the dashed line.
 Its name shows where the pointer rests; the keyboard comes to the conditions that differ most."""
 
 SCATTERED = """ Dotted lines: mean response and replicate, against halves of the cells."""
 
-CURVES = """Loss against epoch, {at}: solid on the validation conditions, dashed in training; a line a seed; the mark is the
+CURVES = """Loss against epoch{at}: solid on the validation conditions, dashed in training; a line a seed; the mark is the
 epoch whose weights were kept. Losses of unlike models are not comparable."""
 
 SCALED = """Scaled: 0 as good as the mean response, 1 as good as a replicate (see Floor and ceiling)."""
@@ -218,11 +218,9 @@ def _contents(view: Mapping) -> list[tuple[str, str]]:
 
 
 def _base(summary: Summary) -> str:
-    """Where nothing is taken away, for a sentence."""
-    if summary.levels.empty:
-        return ""
-    name = level_name(summary, summary.base)
-    return name if name == "all trials" else f"at {name}"
+    """Where nothing is taken away, within a sentence."""
+    name = "all trials" if summary.levels.empty else level_name(summary, summary.base)
+    return "" if name == "all trials" else f", at {name}"
 
 
 def _state(status: Mapping) -> str:

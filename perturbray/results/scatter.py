@@ -10,8 +10,9 @@ from perturbray.results.wording import number
 
 DOTS = 200  # of a plot; of more conditions the extremes and evenly spaced ones between, by their difference
 REACHED = 3  # dots at either end that the keyboard comes to
+MOST = 12  # models drawn
 OPEN = 3  # plots of a metric that stand open; the others fold away
-SIDE, LEFT, TOP, EDGE = 300, 44, 30, 8  # of a plot, in its own units
+SIDE, LEFT, TOP, EDGE = 300, 44, 34, 8  # of a plot, in its own units
 
 
 def views(summary: Summary) -> list[dict]:
@@ -20,7 +21,9 @@ def views(summary: Summary) -> list[dict]:
     metrics += [name for name in summary.headline if name.endswith("/rank")][:1]
     found = []
     for metric in metrics:
-        plots = [plot for series in _models(summary, metric) if (plot := _plot(summary, metric, series)) is not None]
+        plots = [
+            plot for series in _models(summary, metric)[:MOST] if (plot := _plot(summary, metric, series)) is not None
+        ]
         if plots:
             scale = summary.scales[metric]
             title = f"{scale.title} {scale.arrow}, {scale.effect}"
@@ -92,15 +95,13 @@ class _Axis:
 
 
 def _dot(axis: _Axis, name: str, other: float, own: float, *, reached: bool) -> Markup:
-    focus = (
-        Markup(' tabindex="0" role="img" aria-label="{}"').format(_said(name, other, own)) if reached else Markup("")
+    scores = f"{number(own, 3)} against {number(other, 3)}"
+    focus = Markup(' tabindex="0" role="img" aria-label="{}: {}"').format(name, scores) if reached else Markup("")
+    text = Markup(
+        '<g class="dot"{}><circle cx="{:.1f}" cy="{:.1f}" r="3"/>'
+        '<text x="0" y="11">{}<tspan x="0" dy="13">{}</tspan></text></g>'
     )
-    text = Markup('<g class="dot"{}><circle cx="{:.1f}" cy="{:.1f}" r="3"/><text x="{}" y="11">{}</text></g>')
-    return text.format(focus, axis.x(other), axis.y(own), LEFT, _said(name, other, own))
-
-
-def _said(name: str, other: float, own: float) -> str:
-    return f"{name}: {number(own, 3)} against {number(other, 3)}"
+    return text.format(focus, axis.x(other), axis.y(own), name, scores)
 
 
 def _frame(axis: _Axis, scale: Scale, reference: str, series: str, anchors: dict[str, float]) -> list[Markup]:

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import numpy as np
 import pandas as pd
 
+from perturbray.results import marks
 from perturbray.results.anchors import (
     INTERPOLATED,
     MEAN_RESPONSE,
@@ -225,7 +226,7 @@ def variants(summary: Summary) -> list[dict]:
     for level in dict.fromkeys([summary.levels["level"].iloc[0], summary.levels["level"].iloc[-1]]) if metrics else ():
         rows = []
         for _, group in by.groupby(by, sort=False):
-            first, *others = sorted(group.index, key=summary.series.index)
+            first, *others = sorted(group.index, key=summary.series.index)[: marks.MOST]
             rows += [[one, first, *[_against(summary, name, level, one, first) for name in metrics]] for one in others]
         title = level_name(summary, level)
         found += [

@@ -111,6 +111,18 @@ def test_more_letters_than_the_alphabet_has():
     assert found[26] == "a1"
 
 
+def test_many_series_are_placed_without_letters_and_with_fewer_samples(monkeypatch):
+    cube = cube_of(0)
+    order = np.argsort(-cube.means)
+    whole = cube.apart(order)
+    monkeypatch.setattr("perturbray.results.cube.AT_ONCE", 1)
+    monkeypatch.setattr("perturbray.results.cube.FEWEST_DRAWS", 200)
+    assert (cube.apart(order) == whole).all()
+    many = marks.of(~np.eye(marks.MOST + 1, dtype=bool))
+    assert [place for place, _, _ in many] == list(range(1, marks.MOST + 2))
+    assert {text for *_, text in many} == {""}
+
+
 def test_the_seed_part_of_an_interval_is_the_variance_of_a_mean_over_seeds():
     trials = np.random.default_rng(3).normal(size=(4, 1))
     drawn = intervals.of_seeds(trials, resamples=200_000)

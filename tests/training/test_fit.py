@@ -85,6 +85,8 @@ def test_it_stops_after_its_patience_and_returns_to_the_best_epoch(lab, losses, 
     assert (done.epochs, done.best_epoch, done.best_loss) == (epochs, best, losses[best - 1])
     assert int(model.epoch) == best
     assert [row["val_loss"] for row in done.history] == losses[:epochs]
+    assert [row[0] for row in done.curve] == list(range(1, epochs + 1))
+    assert [row[2] for row in done.curve] == pytest.approx(losses[:epochs], rel=1e-5)
 
 
 def test_best_weights_are_restored(lab):
