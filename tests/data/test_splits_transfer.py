@@ -5,6 +5,7 @@ import pytest
 import screens
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats
 from split_laws import conditions_of, designs, in_words
 
 from perturbray.data.splits import (
@@ -160,6 +161,15 @@ def test_every_perturbation_has_the_same_chance_of_being_held_out():
 
     within_four_standard_errors(times.sum(axis=0), 168 / 188)
     within_four_standard_errors(times, 56 / 188)
+
+
+def test_where_there_are_too_few_perturbations_for_all_contexts_none_of_these_is_favoured():
+    """Nine perturbations, of which two contexts are to hold out eight each: one gets five, and either is as likely."""
+    conditions = conditions_of(screens.rectangle(2, 9))
+    splits = [CovariateTransfer(fraction=0.9, seed=seed).split(conditions) for seed in range(100)]
+    held = np.array([np.bincount(conditions.context[split.condition != TRAIN], minlength=2) for split in splits])
+    assert set(map(tuple, held.tolist())) == {(4, 5), (5, 4)}
+    assert stats.binomtest(int((held[:, 0] == 5).sum()), 100, 0.5).pvalue > 1e-3
 
 
 @pytest.mark.parametrize(
