@@ -15,7 +15,7 @@ OPTIONS = {
     "axis": ("contexts", "what there is more of: contexts, perturbations or cells"),
     "levels": (
         "",
-        "shares up to 1, or numbers, by comma, e.g. 6,9,15 (default: 0.4,0.6,1 of contexts, else 0.25,0.5,1)",
+        "shares up to 1, or numbers, by comma, e.g. 6,9,15 (default: 0.4,0.6,0.8,1 of contexts, else 0.125,0.25,0.5,1)",
     ),
     "seeds": (3, "of training and of the order in which levels are nested"),
 }

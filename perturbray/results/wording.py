@@ -134,12 +134,13 @@ def answer(summary: Summary) -> tuple[str, list[str]]:
 
 
 def level_name(summary: Summary, level: object) -> str:
-    """What a level is called in prose, by its measured x: "imbalance 0.30"."""
+    """What a level is called in prose, by its measured x: "imbalance 0.30", "1,184 training cells"."""
     if not summary.plan.get("x", "level") and len(summary.levels) == 1:
         return "all trials"  # a sweep along no axis
     x = summary.levels.set_index("level")["x"].get(level, np.nan)
     shown = level if not np.isfinite(x) else f"{x:.2f}" if abs(x) < 10 else f"{x:,.0f}"
-    return f"{summary.plan.get('x', 'level').replace('_', ' ')} {shown}"
+    name = summary.plan.get("x", "level")
+    return f"{shown} training {name.removeprefix('train_')}" if summary.of_data else f"{name.replace('_', ' ')} {shown}"
 
 
 def _best(summary: Summary, level: object, metric: str) -> str:

@@ -11,10 +11,10 @@ from perturbray.data.splits import TEST, TRAIN, UNUSED, VAL, Split, SplitSpec
 from perturbray.errors import InputError, nearest
 from perturbray.randomness import generator
 
-AXES = {  # what a level counts, and the levels of a sweep unless it is told
-    "contexts": (0.4, 0.6, 1.0),  # 6, 9 and 15 of McFaline-Figueroa 2023
-    "perturbations": (0.25, 0.5, 1.0),  # 132, 264 and 528 of it
-    "cells": (0.25, 0.5, 1.0),
+AXES = {  # what a level counts, and the levels of a sweep unless it is told: four, which a power law needs
+    "contexts": (0.4, 0.6, 0.8, 1.0),  # 6, 9, 12 and 15 of McFaline-Figueroa 2023, published without 12
+    "perturbations": (0.125, 0.25, 0.5, 1.0),  # 66, 132, 264 and 528 of it, published without 66
+    "cells": (0.125, 0.25, 0.5, 1.0),
 }
 
 
