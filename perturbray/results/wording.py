@@ -12,6 +12,8 @@ VERDICTS = {"better": "▲", "worse": "▼", "tie": "≈", "": ""}
 MINUS = "\N{MINUS SIGN}"
 NONE = "\N{EN DASH}"  # where there is no number
 
+ALL = "all trials"  # the only level of a sweep along no axis
+
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
@@ -136,7 +138,7 @@ def answer(summary: Summary) -> tuple[str, list[str]]:
 def level_name(summary: Summary, level: object) -> str:
     """What a level is called in prose, by its measured x: "imbalance 0.30", "1,184 training cells"."""
     if not summary.plan.get("x", "level") and len(summary.levels) == 1:
-        return "all trials"  # a sweep along no axis
+        return ALL  # a sweep along no axis
     x = summary.levels.set_index("level")["x"].get(level, np.nan)
     shown = level if not np.isfinite(x) else f"{x:.2f}" if abs(x) < 10 else f"{x:,.0f}"
     name = summary.plan.get("x", "level")
@@ -156,7 +158,9 @@ def _best(summary: Summary, level: object, metric: str) -> str:
     open_to = f" (not told apart from {listed(tied)})" if tied else ""
     mean = number(best["mean"], digits)
     by = f"is {mean}, by {best['series']}{open_to}"
-    text = f"At {level_name(summary, level)} the best {short(summary, metric)} of a model {by}"
+    where = level_name(summary, level)
+    lead = "The best" if where == ALL else f"At {where} the best"
+    text = f"{lead} {short(summary, metric)} of a model {by}"
     if not isinstance(best["reference"], str):
         return f"{text}; no baseline has finished to compare it with."
     counts = f"{_number_of(best['seeds'], 'seed')}, {_number_of(best['difference_conditions'], 'condition')}"

@@ -101,7 +101,7 @@ def _digits(evidence: Evidence, scale: Scale) -> int:
 
 def _at(evidence: Evidence, scale: Scale, level: object, *, of: str = "") -> str:
     where = wording.level_name(evidence.summary, level)
-    lead = "The" if where == "all trials" else f"At {where} the"
+    lead = "The" if where == wording.ALL else f"At {where} the"
     return f"{lead} {of}{_short(evidence, scale)}"
 
 
