@@ -39,7 +39,7 @@ def main() -> None:
         elif word == "report":
             epoch, value = values
             trial.report(value, epoch)
-            answer(trial.should_prune())
+            answer(bool(trial.should_prune()))
         elif word == "tell":
             (value,) = values
             state = optuna.trial.TrialState.PRUNED if value is None else optuna.trial.TrialState.COMPLETE
