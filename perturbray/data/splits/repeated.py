@@ -98,17 +98,14 @@ def _alternate(left: np.ndarray, right: np.ndarray) -> np.ndarray:
         for vertex in pair:
             at[vertex].append(number)
     used, first = [False] * len(ends), np.zeros(len(ends), dtype=bool)
-    for start in range(extra + 2):
+    for start in range(extra + 2):  # a walk ends where it began, when that vertex has no pair left
+        vertex, turn = start, True
         while True:
-            vertex, turn = start, True
-            while True:
-                while at[vertex] and used[at[vertex][-1]]:
-                    at[vertex].pop()
-                if not at[vertex]:
-                    break
-                number = at[vertex].pop()
-                used[number], first[number] = True, turn
-                vertex, turn = ends[number][0] + ends[number][1] - vertex, not turn
-            if vertex == start and turn and not at[start]:
+            while at[vertex] and used[at[vertex][-1]]:
+                at[vertex].pop()
+            if not at[vertex]:
                 break
+            number = at[vertex].pop()
+            used[number], first[number] = True, turn
+            vertex, turn = ends[number][0] + ends[number][1] - vertex, not turn
     return first[: len(left)]
