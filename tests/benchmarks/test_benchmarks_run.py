@@ -43,7 +43,7 @@ SCRIPTS = {
     "engine.py": {
         "parts": "noop,memory",
         "ratios": {"noop_over_tune"},
-        "figures": {"seconds_per_noop_trial", "memory_of_trials_large_gb", "copies_of_the_screen"},
+        "figures": {"seconds_per_noop_trial", "memory_of_trials_many_gb", "copies_of_the_screen"},
     },
 }
 
