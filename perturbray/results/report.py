@@ -119,6 +119,11 @@ def render(
     return _TEMPLATE.render(view)
 
 
+def _title(x: str) -> str:
+    """Of the figure."""
+    return f"Score against {x.replace('train_', 'training ').replace('_', ' ')}" if x else "Scores"
+
+
 def _view(
     summary: Summary,
     *,
@@ -165,7 +170,7 @@ def _view(
         "bounds": bounds,
         "controls": controls,
         "effects": sections.effects(summary),
-        "figure_title": f"Score against {plan['x'].replace('_', ' ')}" if plan.get("x") else "Scores",
+        "figure_title": _title(plan.get("x", "")),
         "figure_caption": sections.figure_caption(summary),
         "board_caption": f"{BOARD} {SCALED}" if bounds else BOARD,
         "levels": sections.levels(summary),

@@ -18,7 +18,7 @@ from perturbray.results.claims.claim import FAILS, HOLDS, OPEN, Claim, Finding
 from perturbray.results.plots import SHOWN, scalable
 from perturbray.results.scales import Scale
 from perturbray.results.summary import COMMON, Summary, verdicts
-from perturbray.results.wording import NONE, VERDICTS, cells, decimals, interval, level_name, number
+from perturbray.results.wording import NONE, VERDICTS, cells, decimals, from_to, interval, level_name, number
 
 WIDTH = 3  # metrics side by side in a leaderboard
 OUTCOMES = {HOLDS: "✓", FAILS: "✗", OPEN: "?"}
@@ -99,11 +99,11 @@ def changes(summary: Summary) -> dict | None:
     if found.empty:
         return None
     metrics = [name for name in summary.headline if name in set(found["metric"])]
-    start, end = (level_name(summary, found[name].iloc[0]) for name in ("from_level", "to_level"))
+    where = from_to(summary, *(found[name].iloc[0] for name in ("from_level", "to_level")))
     texts = {(row["series"], row["metric"]): _change(summary, row) for row in found.to_dict("records")}
     scales = [summary.scales[name] for name in metrics]
     return grid(
-        caption=f"From {start} to {end.rpartition(' ')[2]}, on the same conditions: change of the mean with its "
+        caption=f"{where}, on the same conditions: change of the mean with its "
         "paired 95 % interval. ▲ gets better, ▼ gets worse, ≈ cannot be told from no change.",
         columns=["model", *_heads(scales)],
         rows=[

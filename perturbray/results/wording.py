@@ -138,9 +138,25 @@ def answer(summary: Summary) -> tuple[str, list[str]]:
 def level_name(summary: Summary, level: object) -> str:
     """What a level is called in prose, by its measured x: "imbalance 0.30", "1,184 training cells"."""
     if not summary.plan.get("x", "level") and len(summary.levels) == 1:
-        return ALL  # a sweep along no axis
+        return ALL
+    return _unit(summary, _x(summary, level))
+
+
+def from_to(summary: Summary, low: object, high: object) -> str:
+    """Two levels in prose: "From imbalance 0.00 to 0.30", "From 300 to 1,184 training cells"."""
+    start, end = _x(summary, low), _x(summary, high)
+    if summary.of_data:
+        return f"From {start} to {_unit(summary, end)}"
+    return f"From {_unit(summary, start)} to {end}"
+
+
+def _x(summary: Summary, level: object) -> str:
+    """The measured x of a level as text, or the level itself."""
     x = summary.levels.set_index("level")["x"].get(level, np.nan)
-    shown = level if not np.isfinite(x) else f"{x:.2f}" if abs(x) < 10 else f"{x:,.0f}"
+    return str(level) if not np.isfinite(x) else f"{x:.2f}" if abs(x) < 10 else f"{x:,.0f}"
+
+
+def _unit(summary: Summary, shown: str) -> str:
     name = summary.plan.get("x", "level")
     return f"{shown} training {name.removeprefix('train_')}" if summary.of_data else f"{name.replace('_', ' ')} {shown}"
 
@@ -185,8 +201,8 @@ def _change(summary: Summary, metric: str) -> str:
     if changes.empty:
         return ""
     row = changes.iloc[0]
-    start, end = (level_name(summary, row[name]) for name in ("from_level", "to_level"))
-    what = f"From {start} to {end.rpartition(' ')[2]} the {short(summary, metric)} of {row['series']}"
+    where = from_to(summary, row["from_level"], row["to_level"])
+    what = f"{where} the {short(summary, metric)} of {row['series']}"
     counts = f"{_number_of(row['seeds'], 'seed')}, {_number_of(row['conditions'], 'condition')}"
     if not row["verdict"]:
         return f"{what} changes by {number(row['change'], digits, sign=True)} (no interval; {counts})."

@@ -167,7 +167,7 @@ def test_a_run_of_scaling_has_the_amount_of_data_as_its_axis(spec, tmp_path, ray
     assert small["train_cells"] < large["train_cells"]
     assert small["test_conditions"] == large["test_conditions"]
     assert list(summary.levels["x"]) == [small["train_conditions"], large["train_conditions"]]
-    assert "Score against train conditions" in page
+    assert "Score against training conditions" in page
     assert rows[rows["metric"] == "rmse/average"]["value"].notna().all()
 
 

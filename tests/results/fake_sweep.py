@@ -132,7 +132,8 @@ def finish(folder: Path, trial: dict, **changes) -> None:
     model, level, seed = columns["model"], columns["ablation.level"], columns["seed"]
     gradient = model not in BASELINES
     constant = {
-        **{"name": trial["name"], **columns, "imbalance": level + 0.002, "train_conditions": 500, "train_cells": 30000},
+        **{"name": trial["name"], **columns, "imbalance": level + 0.002, "train_cells": 30000},
+        "train_conditions": columns.get("train_conditions", 500),
         **{"epochs": 40 if gradient else 0, "fit_seconds": 21.5 + seed if gradient else 0.4, "predict_seconds": 0.6},
         **{"score_seconds": 1.9, "peak_memory_mb": 812.0, "host": "node-1", "started": "2026-11-22T09:00:00+00:00"},
         **{"parameters": 51_200 if gradient else 0, "curve": json.dumps(fake_curve(seed) if gradient else [])},

@@ -288,3 +288,15 @@ def test_looks_differ_in_more_than_colour(summary):
     models = [look for look in looks.values() if look["color"] != plots.BASELINE]
     assert len({look["marker"] for look in models}) == len(models)
     assert len({look["color"] for look in models}) == len(models)
+
+
+def test_levels_of_data_are_said_in_their_unit(tmp_path):
+    plan = fake_plan(levels=(0.0, 0.3), seeds=1, x="train_conditions")
+    table.write_plan(tmp_path, plan)
+    for trial in plan["trials"]:
+        trial["columns"]["train_conditions"] = 300 if trial["columns"]["ablation.level"] else 1184
+        finish(tmp_path, trial)
+    words = page_of(tmp_path).words
+    assert "Score against training conditions" in words
+    assert "At 300 training conditions the best RMSE of a model" in words
+    assert "From 300 to 1,184 training conditions the RMSE of" in words

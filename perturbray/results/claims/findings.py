@@ -277,8 +277,7 @@ def _change_of(evidence: Evidence, scale: Scale, series: str, weight: float = 1.
 
 def _from_to(evidence: Evidence, scale: Scale) -> str:
     """ "From imbalance 0.00 to 0.30, with 180 training conditions at both, the cosine"."""
-    low, high = (wording.level_name(evidence.summary, level) for level in _ends(evidence))
-    text = f"From {low} to {high.rpartition(' ')[2]}"
+    text = wording.from_to(evidence.summary, *_ends(evidence))
     trials = evidence.summary.trials
     if "train_conditions" in trials:
         counts = trials.groupby("level")["train_conditions"].mean().loc[list(_ends(evidence))].round().astype(int)
