@@ -319,7 +319,7 @@ def _tasks(plan) -> list[str]:
 
     tasks: dict[tuple, tuple[dict, str]] = {}
     for trial in plan.trials.values():
-        taken = "" if trial.ablation is None else trial.name.partition(", ")[2]
+        taken = f"{trial.taken}, seed {trial.seed}" if trial.taken else ""
         tasks.setdefault((trial.dataset, trial.split, taken), (plan.splits[task_of(trial)].record, taken))
     lines: list[str] = []
     for spec in plan.conditions:

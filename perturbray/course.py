@@ -155,24 +155,14 @@ class Course:
         halving = self.search.halving
         if halving is None or epoch not in halving.rungs(self.search.base.training.epochs):
             return True
-        before = [found for found in self._measure(epoch, but=one.number) if math.isfinite(found)]
+        before = [found for found in self._at(epoch, but=one.number) if math.isfinite(found)]
         mine = one.reports[epoch][OBJECTIVE]
         return not before or mine <= np.percentile(before, 100 / halving.factor)
 
-    def _measure(self, epoch: int, *, but: int) -> list[float]:
-        """The objectives that other trials had at an epoch. Of TPE's only those of its beginning, which are drawn at random:
-        what it proposes gets better and better, and of good ones two in three would be stopped at every rung."""
-        last = self.search.startup if self.search.way == "tpe" else math.inf
-        ended = [
-            dict(map(tuple, record["history"])).get(epoch)
-            for record in self.records.values()
-            if record["number"] < last
-        ]
-        others = [
-            one.reports.get(epoch, {}).get(OBJECTIVE)
-            for one in self.running.values()
-            if one.number != but and one.number < last
-        ]
+    def _at(self, epoch: int, *, but: int) -> list[float]:
+        """The objectives that other trials had at an epoch."""
+        ended = [dict(map(tuple, record["history"])).get(epoch) for record in self.records.values()]
+        others = [one.reports.get(epoch, {}).get(OBJECTIVE) for one in self.running.values() if one.number != but]
         return [value for value in [*ended, *others] if value is not None]
 
     def end(self, name: str, *, final: Mapping[str, float] | None = None, error: BaseException | str = "") -> dict:

@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from perturbray.data.ablations import ABLATIONS
 from perturbray.errors import InputError, nearest
 from perturbray.metrics.effects import EFFECTS
 from perturbray.metrics.metric import Metric
@@ -102,8 +101,8 @@ PAPER = Objective(((Metric("rmse", "average"), 1.0), (Metric("rmse", "average", 
 @dataclass(frozen=True)
 class Halving:
     """Asynchronous successive halving (Li et al., MLSys 2020): at ``first``, ``first * factor``, ... epochs a trial goes on
-    if it is not worse than the best 1/factor of those that were there before it; of TPE's trials, of those that were drawn
-    at random at its beginning. An early ``first`` stops what learns slowly and ends well."""
+    if it is not worse than the best 1/factor of those that were there before it. An early ``first`` stops for good what
+    learns slowly and ends well."""
 
     first: int = 5
     factor: int = 3
@@ -178,8 +177,7 @@ class Search:
     @property
     def shown(self) -> str:
         """For people: the model, and what is taken from training where it is searched anew for that."""
-        ablation = self.base.ablation
-        return self.model if ablation is None else f"{self.model} at {ABLATIONS.name_of(ablation)} {ablation.shown}"
+        return f"{self.model} at {self.base.taken}" if self.base.taken else self.model
 
     def identity(self, fingerprint: str) -> str:
         """A hash of all that decides which configurations are proposed and what they are worth."""

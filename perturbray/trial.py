@@ -46,10 +46,13 @@ class Trial:
     @property
     def name(self) -> str:
         """For people: the model, what was taken away, the seed."""
-        parts = [MODELS.name_of(self.model) + (f" ({self.variant})" if self.variant else "")]
-        if self.ablation is not None:
-            parts.append(f"{ABLATIONS.name_of(self.ablation)} {self.ablation.shown}".rstrip())
-        return ", ".join([*parts, f"seed {self.seed}"])
+        parts = [MODELS.name_of(self.model) + (f" ({self.variant})" if self.variant else ""), self.taken]
+        return ", ".join([*filter(None, parts), f"seed {self.seed}"])
+
+    @property
+    def taken(self) -> str:
+        """What the ablation takes from training, in words; "" without one."""
+        return "" if self.ablation is None else f"{ABLATIONS.name_of(self.ablation)} {self.ablation.shown}".rstrip()
 
     def key(self, fingerprint: str, *, judged: Sequence[str] = ()) -> str:
         """A hash of what the trial is and how it is judged: every field, the dataset's content instead of its place, and

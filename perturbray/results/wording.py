@@ -74,6 +74,11 @@ def interval(low: float, high: float, digits: int, *, sign: bool = True) -> str:
     return f"[{number(low, digits, sign=sign)}, {number(high, digits, sign=sign)}]"
 
 
+def ends(low: float, high: float, digits: int, *, sign: bool = True) -> str:
+    """The ends of an interval in prose: "0.01 to 0.05"."""
+    return interval(low, high, digits, sign=sign)[1:-1].replace(", ", " to ")
+
+
 def _spread(sd: float, digits: int) -> str:
     return f"<{10.0**-digits:.{digits}f}" if 0 < sd < 0.5 * 10.0**-digits else number(sd, digits)
 
@@ -224,8 +229,7 @@ def _size(value: float, low: float, high: float, digits: int, verdict: str) -> t
     if verdict != "tie" and value < 0:
         value, low, high = -value, -high, -low
     sign = verdict == "tie"
-    ends = interval(low, high, digits, sign=sign)[1:-1].replace(", ", " to ")
-    return number(value, digits, sign=sign), f"95\N{NO-BREAK SPACE}% interval {ends}"
+    return number(value, digits, sign=sign), f"95\N{NO-BREAK SPACE}% interval {ends(low, high, digits, sign=sign)}"
 
 
 def listed(names: list[str]) -> str:

@@ -75,6 +75,9 @@ class Command:
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
+                preexec_fn=lambda: signal.signal(
+                    signal.SIGINT, signal.SIG_DFL
+                ),  # a background job's children ignore it
             )
 
     def finish(self, process: subprocess.Popen) -> tuple[int, str]:

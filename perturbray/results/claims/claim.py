@@ -58,7 +58,7 @@ class Form:
         if sure and value < 0 and not signless:
             value, low, high = -value, -high, -low
         sign = not signless and not sure
-        spread = wording.interval(low, high, digits, sign=sign)[1:-1].replace(", ", " to ") or "no interval"
+        spread = wording.ends(low, high, digits, sign=sign) or "no interval"
         lead = "95\N{NO-BREAK SPACE}% interval " if after is None and spread != "no interval" else ""
         named = self.subject if after is None or after.subjects[0] != estimate.subjects[0] else ""
         size = wording.number(value, digits, sign=sign)

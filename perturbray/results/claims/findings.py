@@ -155,6 +155,14 @@ def _seeing(evidence: Evidence) -> list[str]:
     return [evidence.main[model] for model in evidence.models if model not in BLIND]
 
 
+def _way(means: np.ndarray, sign: int) -> np.ndarray:
+    """How far the first of three columns goes from the second to the third, (..., 3) -> (...); NaN where that is no gain."""
+    way = sign * (means[..., 2] - means[..., 1])
+    with np.errstate(invalid="ignore", divide="ignore"):
+        gone = sign * (means[..., 0] - means[..., 1]) / way
+    return np.where(way > 0, gone, np.nan)
+
+
 # tests of their own kind
 
 
@@ -166,16 +174,12 @@ def additive(evidence: Evidence, scale: Scale) -> Finding | None:
     if None in found or cube.failed[found].any():
         return None
 
-    def share(means: np.ndarray) -> np.ndarray:
-        way = scale.sign * (means[..., 2] - means[..., 1])
-        with np.errstate(invalid="ignore", divide="ignore"):
-            gone = scale.sign * (means[..., 0] - means[..., 1]) / way
-        return np.where(way > 0, gone, np.nan)[..., None]
-
     return Finding(
         lead=f"Of the way from no change to a replicate, by {_short(evidence, scale)},",
         form=SHARE,
-        estimates=evidence.estimates([("the sum of the singles' effects",)], columns, share, cube=cube),
+        estimates=evidence.estimates(
+            [("the sum of the singles' effects",)], columns, lambda means: _way(means, scale.sign)[..., None], cube=cube
+        ),
         region=Region(low=ADDITIVE),
         digits=2,
     )
@@ -237,7 +241,7 @@ def _power_laws(evidence: Evidence, scale: Scale, series: list[str]) -> list[str
         if law.lacks:
             others.setdefault(law.lacks, []).append(one)
         else:
-            spread = wording.interval(law.low, law.high, 2, sign=False)[1:-1].replace(", ", " to ")
+            spread = wording.ends(law.low, law.high, 2, sign=False)
             lead = "" if borne else "95\N{NO-BREAK SPACE}% interval "
             borne.append(f"{wording.number(law.exponent, 2)} for {one} ({lead}{spread})")
     text = f"Its distance from the best falls to a floor by a power of the {_amount(evidence)}, with exponent"
@@ -351,13 +355,7 @@ def blind_to_cells(evidence: Evidence, scale: Scale) -> Finding | None:
         return None
 
     def gap(means: np.ndarray) -> np.ndarray:
-        shares = []
-        for at, sign in ((0, scale.sign), (3, cells.sign)):
-            way = sign * (means[..., at + 2] - means[..., at + 1])
-            with np.errstate(invalid="ignore", divide="ignore"):
-                gone = sign * (means[..., at] - means[..., at + 1]) / way
-            shares.append(np.where(way > 0, gone, np.nan))
-        return (shares[0] - shares[1])[..., None]
+        return (_way(means[..., :3], scale.sign) - _way(means[..., 3:], cells.sign))[..., None]
 
     return Finding(
         lead=f"From the mean response towards a replicate, by {_short(evidence, scale)} and not by {cells.short},",
