@@ -176,12 +176,19 @@ def _start(folder: Path, name: str, last: int, visible: list[str], processes: li
         )
     processes.append(process)
     host = Host(name=name, address=address, folder=host_folder, key=folder / "id", number=process.pid)
-    own = os.readlink("/proc/self/ns/net")
-    _poll(lambda: os.readlink(f"/proc/{process.pid}/ns/net") != own, host, process)
+    _poll(lambda: _apart(process.pid), host, process)
     link = f"pray{name}"
     _ip("link", "add", link, "type", "veth", "peer", "name", "eth0", "netns", str(process.pid))
     _ip("link", "set", link, "master", BRIDGE, "up")
     return host
+
+
+def _apart(number: int) -> bool:
+    """Whether a process has a network of its own."""
+    try:
+        return os.readlink(f"/proc/{number}/ns/net") != os.readlink("/proc/self/ns/net")
+    except OSError:  # it ended
+        return False
 
 
 def _wait_for(host: Host) -> None:
