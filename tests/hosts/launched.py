@@ -20,7 +20,8 @@ from pretend import Hosts
 ROOT = Path(__file__).parents[2]
 LOCAL = ROOT / "sweeps" / "clusters" / "local.yaml"
 DASHBOARD = 8265
-JOINS = 120  # seconds in which a worker comes
+TRIES = 4  # of `ray up`
+JOINS = 300  # seconds in which a worker comes; half a minute where the machine is idle
 
 
 @dataclass
@@ -43,7 +44,7 @@ class Launched:
     def command(self, *words: object) -> list[str]:
         return [str(Path(sys.executable).parent / "ray"), *map(str, words)]
 
-    def ray(self, *words: object, timeout: float = 240) -> str:
+    def ray(self, *words: object, timeout: float = 600) -> str:
         """What a command of Ray's says; AssertionError with it where it fails."""
         done = subprocess.run(
             self.command(*words),
@@ -90,6 +91,17 @@ class Launched:
     def wait_for_both(self, url: str) -> None:
         wanted = {host.hostname for host in self.hosts}
         wait(lambda: self.alive(url) == wanted, JOINS, "a worker that joins")
+
+    def up(self) -> None:
+        """`ray up`, again where this machine was too busy: a raylet gives up whose agent has no port after 15 s."""
+        for left in reversed(range(TRIES)):
+            try:
+                self.ray("up", "-y", "--no-config-cache", self.config)
+                return
+            except AssertionError as error:
+                if not left or "The current node timed out during startup" not in str(error):
+                    raise
+                print("  ray up: the node timed out during startup; once more", flush=True)
 
     def down(self) -> None:
         with self.timed("ray down"):
@@ -151,7 +163,7 @@ def up(launched: Launched) -> Iterator[str]:
     """The running cluster, both hosts in it; the dashboard's address here. `ray down` at the end, whatever happened."""
     try:
         with launched.timed("ray up"):
-            launched.ray("up", "-y", "--no-config-cache", launched.config)
+            launched.up()
         with launched.tunnel() as url:
             with launched.timed("until the worker is there"):
                 launched.wait_for_both(url)
