@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
 from perturbray.clusterfile.file import PLACEHOLDER, ClusterFile, Finding, join
@@ -21,20 +22,27 @@ def aws_findings(file: ClusterFile) -> Iterator[Finding]:
     except ImportError:
         yield Finding("available_node_types", f"node_config and credentials were not checked: {HOW}", warning=True)
         return
-    session = botocore.session.Session()
-    yield from _credentials(file, session)
+    yield from _credentials(file, botocore.session.Session())
+    shape, regions = _ec2()
     region = str(file.provider.get("region", ""))
-    regions = [
-        name for part in session.get_available_partitions() for name in session.get_available_regions("ec2", part)
-    ]
     if region not in regions:
         yield Finding("provider.region", f"EC2 has no region {region!r}; {nearest(region, regions)}")
-    shape = session.get_service_model("ec2").operation_model("RunInstances").input_shape
     for name, kind in file.node_types.items():
         path = join(join("available_node_types", name), "node_config")
         given = kind.get("node_config")
         own = RAYS_OWN if isinstance(given, dict) else set()
         yield from _against(shape, {k: v for k, v in given.items() if k not in own} if own else given, path)
+
+
+@cache
+def _ec2() -> tuple[Any, list[str]]:
+    """What EC2 takes when an instance is started, and where there is EC2, by botocore's copy of its service model."""
+    import botocore.session
+
+    session = botocore.session.Session()
+    parts = session.get_available_partitions()
+    shape = session.get_service_model("ec2").operation_model("RunInstances").input_shape
+    return shape, [name for part in parts for name in session.get_available_regions("ec2", part)]
 
 
 def _zones(file: ClusterFile) -> Iterator[Finding]:

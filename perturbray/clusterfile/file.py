@@ -65,7 +65,7 @@ class ClusterFile:
 
     @property
     def provider(self) -> dict[str, Any]:
-        return _mapping(self.config.get("provider"))
+        return mapping(self.config.get("provider"))
 
     @property
     def kind(self) -> str:
@@ -73,7 +73,7 @@ class ClusterFile:
 
     @property
     def docker(self) -> dict[str, Any]:
-        return _mapping(self.config.get("docker"))
+        return mapping(self.config.get("docker"))
 
     @property
     def image(self) -> str:
@@ -84,15 +84,20 @@ class ClusterFile:
 
     @property
     def file_mounts(self) -> dict[str, str]:
-        return {str(there): str(here) for there, here in _mapping(self.config.get("file_mounts")).items()}
+        return {str(there): str(here) for there, here in mapping(self.config.get("file_mounts")).items()}
 
     @property
     def node_types(self) -> dict[str, dict[str, Any]]:
-        return {str(name): _mapping(kind) for name, kind in _mapping(self.config.get("available_node_types")).items()}
+        return {str(name): mapping(kind) for name, kind in mapping(self.config.get("available_node_types")).items()}
+
+    @property
+    def head(self) -> str:
+        """The name of the head's type."""
+        return str(self.config.get("head_node_type", ""))
 
     @property
     def workers(self) -> dict[str, dict[str, Any]]:
-        return {name: kind for name, kind in self.node_types.items() if name != self.config.get("head_node_type")}
+        return {name: kind for name, kind in self.node_types.items() if name != self.head}
 
     def source(self, path: str) -> Path:
         """Where a file named in the cluster file lies on this machine."""
@@ -113,8 +118,8 @@ class ClusterFile:
 
     def run_options(self, role: str) -> list[str]:
         """Words of the options with which the container of a head or a worker starts."""
-        given = [option for key in ("run_options", f"{role}_run_options") for option in self.docker.get(key) or ()]
-        return [word for option in given for word in shlex.split(str(option))]
+        given = [self.docker.get(key) for key in ("run_options", f"{role}_run_options")]
+        return [word for some in given if isinstance(some, list) for one in some for word in shlex.split(str(one))]
 
     def strings(self) -> Iterator[tuple[str, str]]:
         """Path and text of every value that is a text."""
@@ -135,7 +140,8 @@ class _OnceEach(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _mapping(value: object) -> dict[str, Any]:
+def mapping(value: object) -> dict[str, Any]:
+    """The value if it is a mapping, else an empty one."""
     return value if isinstance(value, dict) else {}
 
 

@@ -76,7 +76,7 @@ def _said(file: ClusterFile, words: str) -> Finding:
     for fragment, where, right in SAID:
         if fragment in words:
             if where == "head_node_type":
-                right = nearest(str(file.config.get("head_node_type")), file.node_types)
+                right = nearest(file.head, file.node_types)
             if where == "docker":
                 where = "docker.image" if file.docker.get("container_name") else "docker.container_name"
             return Finding(where, f"Ray says: {words}; {right}")

@@ -3,12 +3,12 @@
 import re
 import stat
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path, PurePosixPath
 
 from perturbray.clusterfile.aws import WITH_GPU
-from perturbray.clusterfile.file import PLACEHOLDER, ClusterFile, Finding, join
+from perturbray.clusterfile.file import PLACEHOLDER, ClusterFile, Finding, join, mapping
 from perturbray.errors import nearest
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -30,11 +30,11 @@ def placeholders(file: ClusterFile) -> Iterator[Finding]:
 
 def node_types(file: ClusterFile) -> Iterator[Finding]:
     """Workers can start, and the head, whose loss ends a sweep, neither runs trials nor goes away."""
-    head = file.config.get("head_node_type")
+    head = file.head
     if file.kind == "local" or head not in file.node_types:  # Ray says so itself
         return
     path = join("available_node_types", head)
-    resources = file.node_types[head].get("resources") or {}
+    resources = mapping(file.node_types[head].get("resources"))
     starts = " ".join(text for _, text in file.starts("head"))
     if resources.get("CPU") != 0 and "--num-cpus=0" not in starts:
         yield Finding(
@@ -59,8 +59,8 @@ def gpus(file: ClusterFile) -> Iterator[Finding]:
     having = [
         name
         for name, kind in file.workers.items()
-        if (kind.get("resources") or {}).get("GPU")
-        or WITH_GPU.match(str((kind.get("node_config") or {}).get("InstanceType")))
+        if mapping(kind.get("resources")).get("GPU")
+        or WITH_GPU.match(str(mapping(kind.get("node_config")).get("InstanceType")))
     ]
     cuda = bool(re.search(r"gpu|-cu\d|cuda", file.image))
     if not having:
@@ -159,8 +159,7 @@ def storage(file: ClusterFile) -> Iterator[Finding]:
         elif file.kind != "local" and not mounting:
             yield Finding("initialization_commands", f"nothing is mounted: {_STORAGE}")
         return
-    for role in ("head", "worker"):
-        words = file.run_options(role)
+    for words, role in {tuple(file.run_options(role)): role for role in ("head", "worker")}.items():
         cache = _environment(words).get("PERTURBRAY_CACHE")
         if not cache:
             yield Finding("docker.run_options", f"PERTURBRAY_CACHE is not set on a {role}: {_STORAGE}")
@@ -224,8 +223,7 @@ def own_machines(file: ClusterFile) -> Iterator[Finding]:
 
 def ssh_key(file: ClusterFile) -> Iterator[Finding]:
     """The key is there, and ssh takes it."""
-    auth = file.config.get("auth")
-    given = auth.get("ssh_private_key") if isinstance(auth, dict) else None
+    given = mapping(file.config.get("auth")).get("ssh_private_key")
     if file.kind == "local" and not given:
         yield Finding("auth.ssh_private_key", "without it the head has no key to start the workers with: name one")
     if not given or PLACEHOLDER.search(str(given)):
@@ -247,8 +245,8 @@ RULES = (placeholders, node_types, gpus, token, sources, starts, storage, versio
 
 
 def _spot(kind: dict) -> bool:
-    market = (kind.get("node_config") or {}).get("InstanceMarketOptions")
-    return isinstance(market, dict) and market.get("MarketType") == "spot"
+    market = mapping(mapping(kind.get("node_config")).get("InstanceMarketOptions"))
+    return market.get("MarketType") == "spot"
 
 
 def _option(command: str, name: str) -> str | None:
@@ -257,7 +255,7 @@ def _option(command: str, name: str) -> str | None:
     return found[-1] if found else None
 
 
-def _valued(words: list[str], *names: str) -> list[str]:
+def _valued(words: Sequence[str], *names: str) -> list[str]:
     """Values of the options called ``names``, written ``-e X`` or ``--env=X``."""
     found = []
     for number, word in enumerate(words):
@@ -267,11 +265,11 @@ def _valued(words: list[str], *names: str) -> list[str]:
     return found
 
 
-def _environment(words: list[str]) -> dict[str, str]:
+def _environment(words: Sequence[str]) -> dict[str, str]:
     return dict(text.split("=", 1) for text in _valued(words, "-e", "--env") if "=" in text)
 
 
-def _volumes(words: list[str]) -> dict[str, str]:
+def _volumes(words: Sequence[str]) -> dict[str, str]:
     """Folder of the host by its folder in the container."""
     found = {}
     for text in _valued(words, "-v", "--volume"):
