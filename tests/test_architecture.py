@@ -35,7 +35,8 @@ CHAINS = (
     ("errors", "results", "engine"),
     ("errors", "synthetic", "engine"),
     ("errors", "space", "models"),
-    ("cluster", "engine"),
+    ("errors", "placement", "nodes", "cluster", "engine"),
+    ("trial", "process", "engine"),
 )
 STRANGERS = {  # beside the chains: what a part must not know at all
     "metrics": {"models", "data", "training", "trial", "engine", "cli"},
@@ -43,6 +44,8 @@ STRANGERS = {  # beside the chains: what a part must not know at all
     "synthetic": {"models", "data", "training", "metrics", "results", "torch", "ray"},
     "prediction": {"models", "data", "training", "torch", "ray", "anndata"},
     "cluster": {"models", "data", "training"},
+    "nodes": {"models", "data", "training"},
+    "placement": {"models", "data", "training", "ray"},
 }
 RAY_MODULES = {
     "engine",
@@ -52,6 +55,8 @@ RAY_MODULES = {
     "data.windows",
     "metrics.pool",
     "embeddings.run",
+    "nodes",
+    "process",
     "tuning",
 }
 SLOW_TO_IMPORT = ("torch", "ray", "anndata", "pandas", "scipy", "matplotlib", "pyarrow", "h5py", "numba")
