@@ -18,12 +18,13 @@ from perturbray.data.loading import Delivery
 from perturbray.data.splits import TRAIN
 from perturbray.data.store import Store
 from perturbray.data.truth import digest, observe
+from perturbray.errors import InputError
 from perturbray.metrics.cell_metrics import COMPONENTS
 from perturbray.metrics.distribution import fit_pca
 from perturbray.placement import SCORER_CPUS, Placement, place
 from perturbray.plan import Plan, reference, task_of, versions
 from perturbray.prediction import Truth
-from perturbray.process import BLIND, Shared, train
+from perturbray.process import BLIND, Shared, train, trainable
 from perturbray.randomness import generator
 from perturbray.results import table
 from perturbray.trial import Trial
@@ -86,7 +87,11 @@ def run_sweep(
         events.planned(plan)
         wanted = plan.remaining()
         if wanted:
-            _run(plan, wanted, stores, address=address, gpus=gpus, plugins=plugins, events=events)
+            try:
+                _run(plan, wanted, stores, address=address, gpus=gpus, plugins=plugins, events=events)
+            except InputError:  # of the cluster: nothing ran
+                _end(plan, "interrupted")
+                raise
     _raise_failures(plan, set(wanted))
     return len(wanted)
 
@@ -172,7 +177,11 @@ def _run(
                 if pool is not None:
                     pool.drain()  # what is trained is scored, also after Ctrl-C
                     pool.stop()
-                table.write_plan(plan.folder, {**table.read_plan(plan.folder), "status": {"state": state}})
+                _end(plan, state)
+
+
+def _end(plan: Plan, state: str) -> None:
+    table.write_plan(plan.folder, {**table.read_plan(plan.folder), "status": {"state": state}})
 
 
 def _store(plan: Plan, command: str) -> None:
@@ -250,14 +259,10 @@ class Rounds:
         os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # Ctrl-C reaches us as KeyboardInterrupt
         from ray import tune
 
-        from perturbray.nodes import but
-
-        where = {"bundle_label_selector": [but(self.blind)]} if self.blind else {}
-        resources = tune.PlacementGroupFactory([self.placement.resources], **where)
-        trainable = tune.with_parameters(train, shared=replace(self.shared, marker=folder.resolve()))
-        trainable.__name__ = self.shared.sweep  # by which the dashboard names its actors
+        shared = replace(self.shared, marker=folder.resolve())
+        name = f"{self.shared.sweep} trial"
         tuner = tune.Tuner(
-            tune.with_resources(trainable, resources),
+            trainable(train, self.placement, name=name, avoid=self.blind, shared=shared),
             param_space={"key": tune.grid_search(keys)},
             tune_config=tune.TuneConfig(
                 reuse_actors=True,  # a fresh process a trial costs 2 s of imports

@@ -4,16 +4,18 @@ import os
 import pickle
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from perturbray import plugin, scoring
 from perturbray.data.dataset import Conditions, DatasetSpec
 from perturbray.data.truth import CELLS_SEED
 from perturbray.models.base import MODELS
+from perturbray.placement import Placement
 from perturbray.results import table
 from perturbray.results.anchors import MEAN_RESPONSE
 from perturbray.trial import Outcome, Trial, run
@@ -44,6 +46,21 @@ class Shared:
     columns: dict[str, str]
     models: dict[str, Path]  # where to store fitted models, by key; empty: nowhere
     depths: dict[DatasetSpec, float | None]  # counts to which cells were scaled; None: they came log-normalised
+
+
+def trainable(function: Callable, placement: Placement, *, name: str, avoid: Iterable[str] = (), **given: Any) -> type:
+    """A function for Tune, with what it is given, what it takes of a node, and the nodes that it avoids. The dashboard calls
+    its actors by the name, and not all of them ImplicitFunc."""
+    from ray import tune
+    from ray.tune.trainable import wrap_function
+
+    from perturbray.nodes import but
+
+    where = {"bundle_label_selector": [but(avoid)]} if avoid else {}
+    resources = tune.PlacementGroupFactory([placement.resources], **where)
+    made = tune.with_resources(wrap_function(tune.with_parameters(function, **given), name=name), resources)
+    made.__name__ = made.__qualname__ = name
+    return made
 
 
 def train(config: dict, *, shared: Shared) -> None:

@@ -26,7 +26,7 @@ from perturbray.engine import ROUNDS, Events, deliver
 from perturbray.errors import InputError
 from perturbray.placement import Node, Placement, place
 from perturbray.plan import Plan
-from perturbray.process import CHECKPOINT_SECONDS, Checkpoints, node, one_thread, sees
+from perturbray.process import CHECKPOINT_SECONDS, Checkpoints, node, one_thread, sees, trainable
 from perturbray.results import ledger, table
 from perturbray.search import Search, Tuned
 from perturbray.space import widen
@@ -205,10 +205,9 @@ def _fit(
     from ray import tune
 
     searcher, scheduler, callback = _adapters(course, _Lines(course, events))
-    trainable = tune.with_parameters(train, setting=replace(setting, marker=tune_folder.resolve()))
-    trainable.__name__ = course.folder.name  # by which the dashboard names its actors
+    setting = replace(setting, marker=tune_folder.resolve())
     tuner = tune.Tuner(
-        tune.with_resources(trainable, tune.PlacementGroupFactory([placement.resources])),
+        trainable(train, placement, name=f"{course.folder.name} trial", setting=setting),
         tune_config=tune.TuneConfig(
             search_alg=searcher,
             scheduler=scheduler,
