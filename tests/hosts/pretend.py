@@ -56,7 +56,9 @@ class Host:
 
     def processes(self, name: str) -> list[int]:
         """Numbers, as the host counts them, of the processes of that name (the first 15 letters of the program's)."""
-        look = f'for p in /proc/[0-9]*; do [ "$(cat $p/comm 2>/dev/null)" = {name} ] && echo "${{p#/proc/}}"; done; true'
+        look = (
+            f'for p in /proc/[0-9]*; do [ "$(cat $p/comm 2>/dev/null)" = {name} ] && echo "${{p#/proc/}}"; done; true'
+        )
         return [int(number) for number in self.run(look).split()]
 
     def kill(self, name: str) -> int:
@@ -98,7 +100,9 @@ def impossible() -> str:
         check=False,
     )
     if tried.returncode == 0:
-        tried = subprocess.run(["ip", "link", "add", "praytry", "type", "bridge"], capture_output=True, text=True, check=False)
+        tried = subprocess.run(
+            ["ip", "link", "add", "praytry", "type", "bridge"], capture_output=True, text=True, check=False
+        )
         subprocess.run(["ip", "link", "delete", "praytry"], capture_output=True, check=False)
     return f"namespaces are not allowed here ({tried.stderr.strip()})" if tried.returncode else ""
 
@@ -163,12 +167,12 @@ def _keys(folder: Path) -> None:
 def _start(folder: Path, name: str, last: int, visible: list[str], processes: list[subprocess.Popen]) -> Host:
     host_folder, address = folder / name, f"{NETWORK}.{last}"
     host_folder.mkdir(exist_ok=True)
+    own = ("--net", "--pid", "--mount", "--uts", "--ipc", "--fork", "--kill-child")
+    first = ("bash", HERE / "host.sh", host_folder, f"pretend-{name}", address, f"{NETWORK}.1", *visible)
     with open(folder / f"{name}.log", "w") as log:
         process = subprocess.Popen(
-            # setpriv: SIGKILL for the host's own init where this process ends; and with that, for all of the host.
-            ["setpriv", "--pdeathsig", "KILL", "unshare", "--net", "--pid", "--mount", "--uts", "--ipc", "--fork"]
-            + ["--kill-child", "bash", str(HERE / "host.sh"), str(host_folder), f"pretend-{name}", address]
-            + [f"{NETWORK}.1", *visible],
+            # SIGKILL for unshare where this process ends, and with that for the host's first process, and so for all.
+            ["setpriv", "--pdeathsig", "KILL", "unshare", *own, *map(str, first)],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,

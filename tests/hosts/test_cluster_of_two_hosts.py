@@ -3,10 +3,14 @@
 One cluster for the module, and its tests in the order of its life.
 """
 
+import json
 import os
+import re
+import secrets
 import shutil
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import launched
@@ -19,10 +23,29 @@ pytestmark = pytest.mark.slow
 
 SWEEP = [
     *("--set", "ablation.highest=0.2", "--grid", "ablation.level=0,0.2"),
-    *("--grid", "seed=0,1", "--set", "training.epochs=40"),
+    *("--grid", "seed=0,1", "--set", "training.epochs=150"),
 ]
 TRIALS = 32
 HANG = 600  # seconds
+SCAN, PROBE = (Path(__file__).with_name(name) for name in ("scan.py", "probe.py"))
+WEB = {6383, 6385}  # HTTP on the head
+STATUS = """
+import urllib.error, urllib.request
+try:
+    print(urllib.request.urlopen("{url}").status)
+except urllib.error.HTTPError as error:
+    print(error.code)
+"""
+METHODS = {  # of the gRPC servers on the head, by port
+    6379: "/ray.rpc.NodeInfoGcsService/GetAllNodeInfo",
+    6380: "/ray.rpc.NodeManagerService/GetNodeStats",
+    6381: "/ray.rpc.ObjectManagerService/Pull",
+    6384: "/ray.rpc.ReporterService/HealthCheck",
+    10001: "/ray.rpc.RayletDriver/ClusterInfo",
+}
+RAY = ("raylet", "gcs_server")
+NOTICES = 240  # seconds; Ray's own are 60
+WORKERS = "/ray.rpc.CoreWorkerService/GetCoreWorkerStats"
 
 
 def stable(folder: Path):
@@ -36,7 +59,41 @@ def ran_on(folder: Path) -> dict[str, str]:
     finished = table.finished(folder)
     if not finished:
         return {}
-    return table.read(folder, keys=finished).groupby("key")["host"].first().to_dict()
+    found = table.read(folder, keys=finished).drop_duplicates("key")
+    return dict(zip(found["key"].astype(str), found["host"].astype(str), strict=True))
+
+
+@dataclass(frozen=True)
+class Row:
+    """A port or a range of SECURITY.md's table."""
+
+    first: int
+    last: int
+    worker: bool  # it listens on workers too
+    loopback: bool
+    token: bool  # and nobody gets anything without it
+
+    def __contains__(self, port: int) -> bool:
+        return self.first <= port <= self.last
+
+
+def security() -> list[Row]:
+    """What SECURITY.md says of ports: a row each, all of the head."""
+    lines = (launched.ROOT / "SECURITY.md").read_text().splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if re.match(r"\| *\d", line)]
+    rows = []
+    for port, what, address, _, guard in cells:
+        first, _, last = port.partition("-")
+        rows.append(
+            Row(
+                first=int(first),
+                last=int(last or first),
+                worker="worker too" in what,
+                loopback=address == "loopback",
+                token=guard.startswith("token"),
+            )
+        )
+    return rows
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +142,66 @@ def test_a_sweep_that_loses_a_worker_ends_with_the_table_of_one_machine(
     assert_frame_equal(stable(results), stable(one_machine), check_exact=True)
 
 
+def test_who_has_no_token_gets_nothing_from_the_dashboard_and_the_job_api(cluster, dashboard):
+    job = {"entrypoint": "touch ~/ran"}
+    for path, method, body in (
+        ("/api/jobs/", "GET", None),
+        ("/api/jobs/", "POST", job),
+        ("/nodes?view=summary", "GET", None),
+    ):
+        ask = {"url": f"{dashboard}{path}", "method": method, "body": body}
+        assert launched.ask(**ask)[0] == 401
+        assert launched.ask(**ask, token=secrets.token_hex(32))[0] == 403
+    status, jobs = launched.ask(f"{dashboard}/api/jobs/", token=cluster.token)
+    assert status == 200
+    assert [job["entrypoint"] for job in json.loads(jobs) if "touch" in job["entrypoint"]] == []
+    assert [job["status"] for job in json.loads(jobs)] == ["SUCCEEDED"], "the sweep of before"
+
+
+def test_a_host_opens_to_another_only_what_SECURITY_md_names(cluster, dashboard):
+    one, other = cluster.hosts
+    rows = security()
+    assert [row for row in rows if launched.DASHBOARD in row and row.loopback]
+    for seen, by, wanted in ((one, other, rows), (other, one, [row for row in rows if row.worker])):
+        with cluster.timed(f"65,535 ports of {seen.hostname}"):
+            found = json.loads(by.run([sys.executable, "-", seen.address], stdin=SCAN.read_text(), timeout=HANG))
+        print(f"  {seen.hostname}: {found}")
+        named = [row for row in wanted if not row.loopback]
+        assert not [port for port in found if not any(port in row for row in named)]
+        assert {row.first for row in named if row.first == row.last} <= set(found), "the table names what is not there"
+        assert launched.DASHBOARD not in found
+
+
+def test_no_port_answers_without_the_token_where_SECURITY_md_says_so(cluster, dashboard):
+    one, other = cluster.hosts
+    found = json.loads(other.run([sys.executable, "-", one.address], stdin=SCAN.read_text(), timeout=HANG))
+    guarded = [row for row in security() if row.token and not row.loopback]
+    methods = {port: METHODS.get(port, WORKERS) for row in guarded for port in found if port in row}
+    assert set(METHODS) | WEB <= set(methods)
+    for port in WEB:
+        assert other.run([sys.executable, "-c", STATUS.format(url=f"http://{one.address}:{port}/")]).strip() == "401", (
+            port
+        )
+    asked = [(f"{one.address}:{port}", method) for port, method in methods.items() if port not in WEB]
+    asked += [(f"{one.address}:6379", METHODS[6379], cluster.token)]  # so that the others say something
+    said = json.loads(other.run([sys.executable, "-", json.dumps(asked)], stdin=PROBE.read_text()))
+    print(dict(zip(methods, said, strict=False)))
+    assert said.pop() == "OK"
+    assert set(said) == {"UNAUTHENTICATED"}, dict(zip(asked, said, strict=False))
+    others = [(*words, secrets.token_hex(32)) for words in asked[:-1]]
+    said = json.loads(other.run([sys.executable, "-", json.dumps(others)], stdin=PROBE.read_text()))
+    assert set(said) == {"UNAUTHENTICATED"}, dict(zip(asked, said, strict=False))
+
+
 def test_a_worker_that_was_lost_comes_back(cluster, dashboard):
     with cluster.timed("until the worker is back"):
         cluster.wait_for_both(dashboard)
+
+
+def test_ray_down_leaves_no_process_of_ray(cluster, dashboard):
+    cluster.down()
+    assert not any(cluster.hosts.a.processes(name) for name in RAY)
+    with cluster.timed(
+        "until the worker has noticed"
+    ):  # `ray down` stops the head alone; a worker gives up a lost head
+        launched.wait(lambda: not any(cluster.hosts.b.processes(name) for name in RAY), NOTICES, "a worker that ends")

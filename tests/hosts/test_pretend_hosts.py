@@ -8,6 +8,7 @@ import pytest
 
 pytestmark = pytest.mark.slow
 
+
 def test_hosts_are_apart_and_reach_each_other(pair, shared):
     (shared / "seen").touch()
     for one, other in ((pair.a, pair.b), (pair.b, pair.a)):
