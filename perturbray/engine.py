@@ -260,7 +260,7 @@ class Rounds:
         from ray import tune
 
         shared = replace(self.shared, marker=folder.resolve())
-        name = f"{self.shared.sweep} trial"
+        name = f"trial {self.shared.sweep}"
         tuner = tune.Tuner(
             trainable(train, self.placement, name=name, avoid=self.blind, shared=shared),
             param_space={"key": tune.grid_search(keys)},

@@ -78,7 +78,7 @@ def train(config: dict, *, shared: Shared) -> None:
     trial: Trial = pickle.loads(shared.trials)[key]
     try:
         with one_thread():
-            checkpoints = Checkpoints(tune, title=f"{shared.sweep} {trial.name} {key}")
+            checkpoints = Checkpoints(tune, title=f"trial {shared.sweep} {trial.name} {key}")
             cells = shared.blocks[trial.dataset].cells()
             conditions = shared.conditions[trial.dataset]
             truths = ray.get(shared.truths)

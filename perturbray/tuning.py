@@ -207,7 +207,7 @@ def _fit(
     searcher, scheduler, callback = _adapters(course, _Lines(course, events))
     setting = replace(setting, marker=tune_folder.resolve())
     tuner = tune.Tuner(
-        trainable(train, placement, name=f"{course.folder.name} trial", setting=setting),
+        trainable(train, placement, name=f"trial {course.folder.name}", setting=setting),
         tune_config=tune.TuneConfig(
             search_alg=searcher,
             scheduler=scheduler,
@@ -337,7 +337,7 @@ def train(config: dict, *, setting: Setting) -> None:
         return
     plugin.install(setting.plugins)
     search: Search = pickle.loads(setting.search)
-    title = f"search of {search.shown} {tune.get_context().get_trial_name()}"
+    title = f"trial search of {search.shown} {tune.get_context().get_trial_name()}"
     checkpoints = Checkpoints(tune, title=title, seconds=setting.checkpoint_seconds)
     try:
         with one_thread(), _memory(search.trial_memory_gb):

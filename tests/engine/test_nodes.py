@@ -135,10 +135,10 @@ def test_nodes_that_do_not_see_the_drivers_files_give_the_numbers_of_one_machine
     assert len(where["trial"]) == len(where["scorer"]) == 1
     assert where["trial"] != where["scorer"]
     assert not any(note["sees"] for note in notes), "the nodes were not blind, and nothing was tested"
-    assert {note["class"] for note in notes} == {"small trial", "Scorer"}
+    assert {note["class"] for note in notes} == {"trial small", "Scorer"}
     titles = {note["title"] for note in notes if note["what"] == "trial"}
     assert len(titles) == 2, "a person tells trials apart"
-    assert all(title.startswith("ray::small noting") for title in titles)
+    assert all(title.startswith("ray::trial small noting") for title in titles)
 
     noting = small.plugin((folders / "secret" / "noting.py").read_text(), "noting")
     models = (pr.MeanShift(), pr.MODELS["noting"](width=8, latent_dim=4))
