@@ -24,7 +24,7 @@ from perturbray.metrics.distribution import fit_pca
 from perturbray.placement import SCORER_CPUS, Placement, place
 from perturbray.plan import Plan, reference, task_of, versions
 from perturbray.prediction import Truth
-from perturbray.process import BLIND, Shared, train, trainable
+from perturbray.process import BLIND, Shared, newest_first, train, trainable
 from perturbray.randomness import generator
 from perturbray.results import table
 from perturbray.trial import Trial
@@ -266,6 +266,7 @@ class Rounds:
             param_space={"key": tune.grid_search(keys)},
             tune_config=tune.TuneConfig(
                 reuse_actors=True,  # a fresh process a trial costs 2 s of imports
+                scheduler=newest_first(),
                 # Where nodes may join, only room is a limit: one that nobody knew of is used too.
                 max_concurrent_trials=None if self.growing else self.placement.at_once,
                 trial_name_creator=lambda trial: trial.config["key"],
