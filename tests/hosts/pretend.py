@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 HERE = Path(__file__).parent
-TOOLS = ("ip", "rsync", "setpriv", "ssh", "ssh-keygen", "unshare", "/usr/sbin/sshd")
+TOOLS = ("ip", "rsync", "setpriv", "ssh", "ssh-keygen", "taskset", "unshare", "/usr/sbin/sshd")
 BRIDGE = "prayhosts"
 NETWORK = "10.77.32"
 NAMES = ("a", "b")
@@ -114,8 +114,9 @@ def environment() -> list[Path]:
 
 
 @contextmanager
-def hosts(folder: Path, *, visible: Iterable[Path] = ()) -> Iterator[Hosts]:
-    """Two hosts, gone at the end whatever happened. ``visible``: folders that keep their path on both.
+def hosts(folder: Path, *, visible: Iterable[Path] = (), pinned: bool = False) -> Iterator[Hosts]:
+    """Two hosts, gone at the end whatever happened. ``visible``: folders that keep their path on both. ``pinned``: each
+    has one of this machine's cores to itself.
 
     Their processes end with this one also where it is killed.
     """
@@ -130,7 +131,9 @@ def hosts(folder: Path, *, visible: Iterable[Path] = ()) -> Iterator[Hosts]:
             _ip("link", "add", BRIDGE, "type", "bridge")
             _ip("address", "add", f"{NETWORK}.1/24", "dev", BRIDGE)
             _ip("link", "set", BRIDGE, "up")
-            made = [_start(folder, name, 11 + i, seen, processes) for i, name in enumerate(NAMES)]
+            cores = sorted(os.sched_getaffinity(0))
+            own = [str(cores[i % len(cores)]) if pinned else ",".join(map(str, cores)) for i in range(len(NAMES))]
+            made = [_start(folder, i, seen, own[i], processes) for i in range(len(NAMES))]
             for host in made:
                 _wait_for(host)
             yield Hosts(*made, folder=folder)
@@ -164,15 +167,16 @@ def _keys(folder: Path) -> None:
     shutil.copy(folder / "id.pub", folder / "authorized_keys")
 
 
-def _start(folder: Path, name: str, last: int, visible: list[str], processes: list[subprocess.Popen]) -> Host:
-    host_folder, address = folder / name, f"{NETWORK}.{last}"
+def _start(folder: Path, number: int, visible: list[str], cores: str, processes: list[subprocess.Popen]) -> Host:
+    name, address = NAMES[number], f"{NETWORK}.{11 + number}"
+    host_folder = folder / name
     host_folder.mkdir(exist_ok=True)
     own = ("--net", "--pid", "--mount", "--uts", "--ipc", "--fork", "--kill-child")
     first = ("bash", HERE / "host.sh", host_folder, f"pretend-{name}", address, f"{NETWORK}.1", *visible)
     with open(folder / f"{name}.log", "w") as log:
         process = subprocess.Popen(
             # SIGKILL for unshare where this process ends, and with that for the host's first process, and so for all.
-            ["setpriv", "--pdeathsig", "KILL", "unshare", *own, *map(str, first)],
+            ["taskset", "--cpu-list", cores, "setpriv", "--pdeathsig", "KILL", "unshare", *own, *map(str, first)],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
