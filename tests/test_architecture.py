@@ -36,6 +36,7 @@ CHAINS = (
     ("errors", "synthetic", "engine"),
     ("errors", "space", "models"),
     ("cluster", "engine"),
+    ("errors", "clusterfile", "cli"),
 )
 STRANGERS = {  # beside the chains: what a part must not know at all
     "metrics": {"models", "data", "training", "trial", "engine", "cli"},
@@ -43,6 +44,7 @@ STRANGERS = {  # beside the chains: what a part must not know at all
     "synthetic": {"models", "data", "training", "metrics", "results", "torch", "ray"},
     "prediction": {"models", "data", "training", "torch", "ray", "anndata"},
     "cluster": {"models", "data", "training"},
+    "clusterfile": {"models", "data", "training", "metrics", "results", "trial", "sweep", "engine", "cluster", "torch"},
 }
 RAY_MODULES = {
     "engine",
@@ -53,6 +55,7 @@ RAY_MODULES = {
     "metrics.pool",
     "embeddings.run",
     "tuning",
+    "clusterfile.launcher",  # asks Ray's launcher what it says of a cluster file
 }
 SLOW_TO_IMPORT = ("torch", "ray", "anndata", "pandas", "scipy", "matplotlib", "pyarrow", "h5py", "numba")
 
