@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from perturbray.clusterfile import command as cluster_file
 from perturbray.counterfactual.command import add_predict
 from perturbray.errors import InputError
 
@@ -187,13 +188,15 @@ def command() -> None:
     )
     judge.add_argument("--out", metavar="DIR", default="evaluation", help="where results go (default: evaluation)")
     add_predict(commands)
+    cluster_file.add_cluster(commands)
     listing = commands.add_parser("list", help="what there is to choose from")
     listing.add_argument("kind", choices=LISTS)
     listing.add_argument(
         "--plugin", metavar="FILE.py", action="append", default=[], help="registers models of your own"
     )
     arguments = parser.parse_args()
-    run = {"report": _report, "evaluate": _evaluate, "predict": _predict, "list": _list}[arguments.command]
+    own = {"report": _report, "evaluate": _evaluate, "predict": _predict, "cluster": cluster_file.run, "list": _list}
+    run = own[arguments.command]
     _end(_guard(lambda: run(arguments)))
 
 

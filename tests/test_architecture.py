@@ -37,6 +37,7 @@ CHAINS = (
     ("errors", "space", "models"),
     ("errors", "placement", "nodes", "cluster", "engine"),
     ("trial", "process", "engine"),
+    ("errors", "clusterfile", "cli"),
 )
 STRANGERS = {  # beside the chains: what a part must not know at all
     "metrics": {"models", "data", "training", "trial", "engine", "cli"},
@@ -46,6 +47,7 @@ STRANGERS = {  # beside the chains: what a part must not know at all
     "cluster": {"models", "data", "training"},
     "nodes": {"models", "data", "training"},
     "placement": {"models", "data", "training", "ray"},
+    "clusterfile": {"models", "data", "training", "metrics", "results", "trial", "sweep", "engine", "cluster", "torch"},
 }
 RAY_MODULES = {
     "engine",
@@ -58,6 +60,7 @@ RAY_MODULES = {
     "nodes",
     "process",
     "tuning",
+    "clusterfile.launcher",  # asks Ray's launcher what it says of a cluster file
 }
 SLOW_TO_IMPORT = ("torch", "ray", "anndata", "pandas", "scipy", "matplotlib", "pyarrow", "h5py", "numba")
 
