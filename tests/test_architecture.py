@@ -35,9 +35,9 @@ CHAINS = (
     ("errors", "results", "engine"),
     ("errors", "synthetic", "engine"),
     ("errors", "space", "models"),
+    ("errors", "clusterfile", "cli"),
     ("errors", "placement", "nodes", "cluster", "engine"),
     ("trial", "process", "engine"),
-    ("errors", "clusterfile", "cli"),
 )
 STRANGERS = {  # beside the chains: what a part must not know at all
     "metrics": {"models", "data", "training", "trial", "engine", "cli"},
@@ -45,9 +45,9 @@ STRANGERS = {  # beside the chains: what a part must not know at all
     "synthetic": {"models", "data", "training", "metrics", "results", "torch", "ray"},
     "prediction": {"models", "data", "training", "torch", "ray", "anndata"},
     "cluster": {"models", "data", "training"},
+    "clusterfile": {"models", "data", "training", "metrics", "results", "trial", "sweep", "engine", "cluster", "torch"},
     "nodes": {"models", "data", "training"},
     "placement": {"models", "data", "training", "ray"},
-    "clusterfile": {"models", "data", "training", "metrics", "results", "trial", "sweep", "engine", "cluster", "torch"},
 }
 RAY_MODULES = {
     "engine",
