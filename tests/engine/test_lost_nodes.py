@@ -10,7 +10,6 @@ from perturbray.results import table
 pytestmark = pytest.mark.slow
 
 SEEDS = 5
-SECONDS = 4.0  # of a trial
 
 
 @pytest.fixture(scope="module")
@@ -30,8 +29,8 @@ def noted_by(screen, folder):
 def begin(small_screen, tmp_path):
     """Starts the sweep on a cluster, and returns once some trials are finished."""
 
-    def start(found, *, finished: int):
-        (tmp_path / "noting.py").write_text(noting(tmp_path, seconds=SECONDS))
+    def start(found, *, finished: int, seconds: float):
+        (tmp_path / "noting.py").write_text(noting(tmp_path, seconds=seconds))
         driver = found.start(DRIVER, small_screen, tmp_path / "out", tmp_path / "noting.py", 1, SEEDS)
         driver.until(lambda: len(table.finished(tmp_path / "out")) >= finished)
         return driver
@@ -46,7 +45,7 @@ def test_a_sweep_outlives_the_nodes_of_its_scorers_and_of_its_trials(begin, alon
     with cluster() as found:
         found.add("scorers", cpus=2)
         found.add("first", cpus=2, gpus=1)
-        driver = begin(found, finished=1)
+        driver = begin(found, finished=1, seconds=4.0)
         found.kill("scorers")
         found.add("second", cpus=2, gpus=1)
         before = done()
@@ -66,7 +65,7 @@ def test_trials_avoid_a_node_that_joined_and_does_not_see_the_results(begin, alo
     (tmp_path / "out").mkdir()
     with cluster() as found:
         found.add("seeing", cpus=3, gpus=1)
-        driver = begin(found, finished=1)
+        driver = begin(found, finished=1, seconds=10.0)  # so long that a process may start there meanwhile
         found.add("blind", cpus=2, gpus=1, hidden=[tmp_path / "out"])
         lines = driver.finish()
     assert [line for line in lines if f"joined and does not see {tmp_path / 'out'}: mount it there" in line], lines
