@@ -7,6 +7,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from perturbray.clusterfile.command import check
+from perturbray.clusterfile.file import ClusterFile
+
 ROOT = Path(__file__).parents[1]
 FILES = ("cluster.yaml", "sweeps/clusters/local.yaml")
 SECURITY = (ROOT / "SECURITY.md").read_text()
@@ -165,3 +168,50 @@ def test_a_header_names_commands_that_the_launcher_has(name):
     from ray.scripts.scripts import cli
 
     assert called <= set(cli.commands)
+
+
+PAGE = (ROOT / "sweeps" / "clusters" / "README.md").read_text()
+BLOCKS = {  # of the page, by section
+    part.splitlines()[0]: re.findall(r"```(\w+)\n(.*?)```", part, re.DOTALL) for part in PAGE.split("\n## ")[1:]
+}
+
+
+def test_the_page_says_of_every_section_that_nobody_has_run_it():
+    assert list(BLOCKS) == ["The file system of `cluster.yaml`", "Google Cloud", "Kubernetes", "Slurm"]
+    assert all("ot tested" in part.split("```")[0] for part in PAGE.split("\n## ")[1:])
+
+
+@pytest.mark.parametrize("section", BLOCKS)
+def test_every_script_of_the_page_is_a_script(section):
+    for language, text in BLOCKS[section]:
+        if language == "bash":
+            assert subprocess.run(["bash", "-n"], input=text, text=True, capture_output=True).stderr == ""
+
+
+def test_the_cluster_on_google_is_right_but_for_what_is_to_be_filled_in(aws, tmp_path):
+    ((_, text),) = BLOCKS["Google Cloud"]
+    (tmp_path / "auth_token").write_text("5e" * 32)
+    (tmp_path / "auth_token").chmod(0o600)
+    for name in ("pyproject.toml", "README.md", "LICENSE", "perturbray", "sweeps"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    found = check(ClusterFile(Path("gcp.yaml"), {**aws, **yaml.safe_load(text)}, tmp_path))
+    errors = [str(finding) for finding in found if not finding.warning]
+    assert len(errors) == text.count("FILL_IN") == 3
+    assert all("still to be filled in" in error for error in errors)
+
+
+def test_the_cluster_on_kubernetes_has_a_token_shared_storage_and_a_head_that_runs_no_trials():
+    ((_, text), _) = BLOCKS["Kubernetes"]
+    spec = yaml.safe_load(text)["spec"]
+    assert spec["authOptions"] == {"mode": "token"}
+    assert spec["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
+    pods = [spec["headGroupSpec"], *spec["workerGroupSpecs"]]
+    for pod in (group["template"]["spec"] for group in pods):
+        (container,) = pod["containers"]
+        mounts = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
+        assert set(mounts) == {volume["name"] for volume in pod["volumes"]}
+        cache = {entry["name"]: entry["value"] for entry in container["env"]}["PERTURBRAY_CACHE"]
+        assert cache.startswith(mounts["shared"] + "/")
+    gpus = [group["template"]["spec"]["containers"][0]["resources"]["limits"].get("nvidia.com/gpu") for group in pods]
+    assert gpus == [None, "1", None]
+    assert [group["minReplicas"] for group in spec["workerGroupSpecs"]] == [0, 0]

@@ -15,7 +15,7 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 TOKEN = "~/.ray/auth_token"
 MAKE_TOKEN = 'python -c "import secrets; print(secrets.token_hex(32))" > auth_token && chmod 600 auth_token'
 SHORTEST_TOKEN = 32  # characters; 16 random bytes in hex
-MANY_WORKERS = 2  # Ray's own max_workers
+DEFAULT_WORKERS = 2  # Ray's own max_workers
 
 
 def placeholders(file: ClusterFile) -> Iterator[Finding]:
@@ -49,7 +49,7 @@ def node_types(file: ClusterFile) -> Iterator[Finding]:
     if not file.workers or file.config.get("max_workers") == 0:
         yield Finding("max_workers", "no worker can start, and the head runs no trials: give a node type and a number")
     elif "max_workers" not in file.config:
-        yield Finding("max_workers", f"not given: Ray starts {MANY_WORKERS} workers at most", warning=True)
+        yield Finding("max_workers", f"not given: Ray starts {DEFAULT_WORKERS} workers at most", warning=True)
 
 
 def gpus(file: ClusterFile) -> Iterator[Finding]:

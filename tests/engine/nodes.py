@@ -1,5 +1,6 @@
 """Nodes of a real Ray cluster on this machine, each a process of its own that may be blind to folders, and may be killed."""
 
+import json
 import os
 import shutil
 import signal
@@ -8,11 +9,16 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import small
+
+import perturbray as pr
+from perturbray.metrics.metric import Metric
 
 RAY = str(Path(sys.executable).parent / "ray")
 START = 120  # seconds that a node may take on a busy machine
@@ -58,18 +64,19 @@ class Cluster:
         if hidden:
             mounts = " && ".join(f"mount -t tmpfs none '{folder}'" for folder in hidden)
             words = ["unshare", "--mount", "sh", "-c", f'{mounts} && exec "$@"', "sh", *words]
+        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])  # as where this is activated
         log = open(self.folder / f"{name}.log", "w")  # noqa: SIM115  # the process keeps it
         with log:
             self.nodes[name] = subprocess.Popen(
                 words,
-                env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), **environment},
+                env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "PATH": path, **environment},
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
             )
         self._wait(lambda: "Ray runtime started" in self.log(name), name)
 
-    def _wait(self, condition, name: str) -> None:
+    def _wait(self, condition: Callable[[], bool], name: str) -> None:
         end = time.monotonic() + START
         while not condition():
             if self.nodes[name].poll() is not None or time.monotonic() > end:
@@ -94,17 +101,130 @@ class Cluster:
             self.kill(name)
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def run(self, source: str, *words: object, timeout: float = 280, **environment: str) -> subprocess.CompletedProcess:
+    def start(self, source: str, *words: object, **environment: str) -> "Driver":
         """A driver: Python text in a process of its own, with the folder of tests in its path."""
         paths = [str(Path(__file__).parents[2]), str(Path(__file__).parent)]
-        return subprocess.run(
-            [sys.executable, "-c", source, self.address, *map(str, words)],
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), **environment},
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-            check=False,
-        )
+        place = self.folder / f"driver-{len(list(self.folder.glob('driver-*')))}"
+        with open(place, "w") as log:
+            process = subprocess.Popen(
+                [sys.executable, "-u", "-c", source, self.address, *map(str, words)],
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), **environment},
+                stdout=log,
+                stderr=log,
+            )
+        return Driver(process, place)
+
+
+# A model and a score that note on which node they work, and whether it sees the driver's files.
+NOTING = """
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+import perturbray as pr
+from perturbray.metrics import score
+
+
+def note(folder, what):
+    import ray
+    import ray._private.state
+
+    context = ray.get_runtime_context()
+    title = Path("/proc/self/cmdline").read_text().strip("\\0")
+    seen = [path for path in SECRET if Path(path).exists()]
+    record = {"what": what, "node": context.get_node_id(), "sees": seen, "title": title}
+    record["class"] = ray._private.state.actors(context.get_actor_id())["ActorClassName"]
+    with open(Path(folder) / "notes.jsonl", "a") as file:
+        file.write(json.dumps(record) + "\\n")
+
+
+FOLDER, SECRET, SECONDS = %r, %r, %r
+
+
+@pr.MODELS.register("noting")
+@dataclass(frozen=True, kw_only=True)
+class Noting(pr.LatentAdditive):
+    def build(self, vocabulary):
+        note(FOLDER, "trial")
+        time.sleep(SECONDS)
+        return super().build(vocabulary)
+
+
+@score("noting", best=0.0, higher_is_better=False)
+def noting(predicted, observed):
+    note(FOLDER, "scorer")
+    return np.abs(predicted - observed).mean(axis=-1)
+"""
+
+DRIVER = """
+import sys
+from pathlib import Path
+
+address, screen, folder, plugin, gpus, *seeds = sys.argv[1:]
+import nodes
+import small
+from perturbray.engine import run_sweep
+from perturbray.errors import InputError
+from perturbray.plan import Plan
+from perturbray.plugin import Plugin
+
+plugins = (Plugin.read(plugin),)
+plugins[0].install()
+events = small.Record()
+events.line = lambda text: print(text, flush=True)
+events.connected = lambda cluster, placement, folder: print(f"{cluster}: {placement}")
+plan = Plan.of(nodes.noted(screen, *map(int, seeds)), Path(folder))
+try:
+    run_sweep(plan, address=address, gpus=float(gpus), plugins=plugins, events=events)
+except InputError as error:
+    print(f"error: {error}")
+"""
+
+
+def noting(folder: Path, *, secret: Sequence[Path] = (), seconds: float = 0.0) -> str:
+    """A plugin that notes in a folder what works where, and which secret files are seen there; its trials take time."""
+    return NOTING % (str(folder), [str(path) for path in secret], seconds)
+
+
+def notes(folder: Path) -> list[dict]:
+    place = folder / "notes.jsonl"
+    return [json.loads(line) for line in place.read_text().splitlines()] if place.exists() else []
+
+
+def noted(screen: Path, seeds: int = 2) -> pr.Sweep:
+    """The sweep of such a plugin, which is installed."""
+    models = (pr.MeanShift(), pr.MODELS["noting"](width=8, latent_dim=4))
+    return small.sweep(screen, models, seeds=seeds, metrics=(*small.METRICS, Metric("noting")))
+
+
+@dataclass
+class Driver:
+    process: subprocess.Popen
+    place: Path
+
+    def said(self) -> list[str]:
+        return self.place.read_text().splitlines()
+
+    def until(self, condition: Callable[[], bool], seconds: float = 280) -> None:
+        """Wait for something to happen while it runs."""
+        end = time.monotonic() + seconds
+        while not condition():
+            if self.process.poll() is not None or time.monotonic() > end:
+                self.process.kill()
+                pytest.fail("waited in vain:\n" + "\n".join(self.said()))
+            time.sleep(0.1)
+
+    def finish(self, seconds: float = 280) -> list[str]:
+        """What it said."""
+        try:
+            code = self.process.wait(timeout=seconds)
+        finally:
+            self.process.kill()
+        assert code == 0, "\n".join(self.said())
+        return self.said()
 
 
 @contextmanager

@@ -5,12 +5,8 @@ import re
 
 import pytest
 import small
-from nodes import Cluster
+from nodes import DRIVER, Cluster, noted, noting
 from pandas.testing import assert_frame_equal
-from test_nodes import DRIVER, said
-
-import perturbray as pr
-from perturbray.metrics.metric import Metric
 
 pytestmark = pytest.mark.slow
 
@@ -20,23 +16,6 @@ KINDS = {
     "gpu": {"resources": {"CPU": 2, "GPU": 1, "object_store_memory": 10**8}, "node_config": {}, "max_workers": 2},
     "cpu": {"resources": {"CPU": 3, "object_store_memory": 10**8}, "node_config": {}, "max_workers": 1},
 }
-PLUGIN = """
-import numpy as np
-from perturbray.metrics import score
-import perturbray as pr
-from dataclasses import dataclass
-
-
-@pr.MODELS.register("noting")
-@dataclass(frozen=True, kw_only=True)
-class Noting(pr.LatentAdditive):
-    pass
-
-
-@score("noting", best=0.0, higher_is_better=False)
-def noting(predicted, observed):
-    return np.abs(predicted - observed).mean(axis=-1)
-"""
 
 
 def configuration(address: str) -> str:
@@ -80,17 +59,14 @@ def scaling(request, tmp_path):
 
 
 def test_a_sweep_begins_on_a_cluster_of_no_nodes(ray_session, scaling, small_screen, tmp_path):
-    (tmp_path / "noting.py").write_text(PLUGIN)
-    words = small_screen, tmp_path / "out", tmp_path / "noting.py", 1
-    lines = said(scaling.run(DRIVER, *words, timeout=400))
+    (tmp_path / "noting.py").write_text(noting(tmp_path))
+    lines = scaling.start(DRIVER, small_screen, tmp_path / "out", tmp_path / "noting.py", 1).finish()
     waited = [line for line in lines if line.startswith("waiting for nodes: 0 of 2 GPUs there, ")]
     assert waited, lines
     assert any(re.match(r"nodes are there after \d+ s: ", line) for line in lines)
     (placed,) = [line for line in lines if "at once" in line]
     assert "2 trials at once (1 CPU, 1 GPU each), 1 scorer (0.2 CPU each, on nodes without a GPU)" in placed
 
-    noting = small.plugin(PLUGIN, "noting")
-    models = (pr.MeanShift(), pr.MODELS["noting"](width=8, latent_dim=4))
-    sweep = small.sweep(small_screen, models, seeds=2, metrics=(*small.METRICS, Metric("noting")))
-    small.run(sweep, tmp_path / "alone", plugins=[noting])
+    mine = small.plugin(noting(tmp_path), "noting")
+    small.run(noted(small_screen), tmp_path / "alone", plugins=[mine])
     assert_frame_equal(small.stable(tmp_path / "out"), small.stable(tmp_path / "alone"), check_exact=True)
