@@ -277,8 +277,20 @@ def _wait(
                 return present
             if seconds - last >= LINE_SECONDS:
                 last = seconds
-                say(f"waiting for nodes: {has(present)}, {seconds:.0f} s")
+                say(f"waiting for nodes: {has(present)}, {seconds:.0f} s{_trouble()}")
             time.sleep(1)
     finally:
         for group in groups:
             ray.util.remove_placement_group(group)
+
+
+def _trouble() -> str:
+    """Why nodes do not come, where the autoscaler says so: the last reason of each kind of node."""
+    from ray.autoscaler.v2.sdk import get_cluster_status
+
+    try:
+        failed = get_cluster_status(ray.get_runtime_context().gcs_address).failed_launches
+    except (ray.exceptions.RayError, RuntimeError, OSError):  # it is busy, and is asked again for the next line
+        return ""
+    reasons = {launch.ray_node_type_name: launch.details for launch in sorted(failed, key=lambda one: one.request_ts_s)}
+    return "".join(f"; {kind} could not be launched: {reason}" for kind, reason in reasons.items())
