@@ -3,6 +3,7 @@
 import os
 import time
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -285,12 +286,16 @@ def _wait(
 
 
 def _trouble() -> str:
-    """Why nodes do not come, where the autoscaler says so: the last reason of each kind of node."""
+    """That nodes could not be launched, where the autoscaler says so, and why where it says that."""
     from ray.autoscaler.v2.sdk import get_cluster_status
 
     try:
         failed = get_cluster_status(ray.get_runtime_context().gcs_address).failed_launches
     except (ray.exceptions.RayError, RuntimeError, OSError):  # it is busy, and is asked again for the next line
         return ""
-    reasons = {launch.ray_node_type_name: launch.details for launch in sorted(failed, key=lambda one: one.request_ts_s)}
-    return "".join(f"; {kind} could not be launched: {reason}" for kind, reason in reasons.items())
+    found = ""
+    for kind, count in Counter(launch.ray_node_type_name for launch in failed).items():
+        whys = [launch.details for launch in failed if launch.ray_node_type_name == kind and launch.details]
+        why = whys[-1] if whys else "monitor.log on the head says why"
+        found += f"; {count} launches of {kind} failed ({why})"
+    return found
