@@ -23,7 +23,7 @@ pytestmark = pytest.mark.slow
 
 SWEEP = [
     *("--set", "ablation.highest=0.2", "--grid", "ablation.level=0,0.2"),
-    *("--grid", "seed=0,1", "--set", "training.epochs=150"),
+    *("--grid", "seed=0,1", "--set", "training.epochs=100", "--set", "training.patience=100"),
 ]
 TRIALS = 32
 HANG = 600  # seconds
@@ -111,6 +111,14 @@ def one_machine(small_screen, tmp_path_factory):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return place / "imbalance-small"
+
+
+def test_cluster_check_has_nothing_against_the_file_filled_in(cluster):
+    words = [sys.executable, "-m", "perturbray", "cluster", "check", str(cluster.config)]
+    environment = {**os.environ, "PYTHONPATH": str(launched.ROOT)}
+    done = subprocess.run(words, cwd=launched.ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    print(done.stdout)
 
 
 def test_a_sweep_that_loses_a_worker_ends_with_the_table_of_one_machine(

@@ -22,7 +22,9 @@ from perturbray.results import table
 def sweep(path, folder, address, trials, epochs, metrics, inline=False, cells=0):
     """LatentAdditive from as many seeds; how many hosts ran trials, and a digest of the numbers. ``inline``: no scorers."""
     base = pr.Trial(
-        dataset=pr.DatasetSpec(path=path), model=pr.LatentAdditive(), training=pr.Training(epochs=epochs, patience=epochs)
+        dataset=pr.DatasetSpec(path=path),
+        model=pr.LatentAdditive(),
+        training=pr.Training(epochs=epochs, patience=epochs),
     )
     made = pr.Sweep(
         name="hosts",
