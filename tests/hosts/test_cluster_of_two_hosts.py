@@ -22,19 +22,20 @@ from perturbray.results import table
 pytestmark = pytest.mark.slow
 
 SWEEP = [
-    *("--set", "ablation.highest=0.2", "--grid", "ablation.level=0,0.2"),
-    *("--grid", "seed=0,1", "--set", "training.epochs=100", "--set", "training.patience=100"),
+    *("--set", "ablation.highest=0.2", "--grid", "ablation.level=0,0.2", "--grid", "seed=0"),
+    *("--set", "training.epochs=400", "--set", "training.patience=400"),  # some seconds: a worker has time to come in
 ]
-TRIALS = 32
+TRIALS = 16
 HANG = 600  # seconds
 SCAN, PROBE = (Path(__file__).with_name(name) for name in ("scan.py", "probe.py"))
 WEB = {6383, 6385}  # HTTP on the head
 STATUS = """
 import urllib.error, urllib.request
-try:
-    print(urllib.request.urlopen("{url}").status)
-except urllib.error.HTTPError as error:
-    print(error.code)
+for headers in ({{}}, {{"Authorization": "Bearer {token}"}}):
+    try:
+        print(urllib.request.urlopen(urllib.request.Request("{url}", headers=headers)).status)
+    except urllib.error.HTTPError as error:
+        print(error.code)
 """
 METHODS = {  # of the gRPC servers on the head, by port
     6379: "/ray.rpc.NodeInfoGcsService/GetAllNodeInfo",
@@ -135,17 +136,16 @@ def test_a_sweep_that_loses_a_worker_ends_with_the_table_of_one_machine(
         with cluster.timed("until the worker has a trial done"):
             found = cluster.hosts.b.hostname
             launched.wait(lambda: found in ran_on(results).values() or job.poll() is not None, HANG, "a trial on b")
-        before = {path: path.stat().st_mtime_ns for path in results.glob("*.parquet")}
-        assert len(before) < TRIALS / 2, "the worker is to be lost in mid-sweep"
+        before = {path: path.stat().st_mtime_ns for path in results.glob("*.parquet") if path.stem != "reference"}
+        assert len(before) < TRIALS - 2, log.read_text()  # it is lost in mid-sweep
         assert cluster.hosts.b.kill("raylet") == 1
         assert job.wait(HANG) == 0, log.read_text()
     said = log.read_text()
-    print(said)
     assert "2 nodes, 4 CPUs" in said
     assert len(table.finished(results)) == TRIALS, said
     assert not table.failed(results)
     assert before.items() <= {path: path.stat().st_mtime_ns for path in before}.items(), "a finished trial ran again"
-    print(sorted(ran_on(results).values()))
+    print(f"  {len(before)} of {TRIALS} trials were done when it was lost")
     assert set(ran_on(results).values()) == {host.hostname for host in cluster.hosts}
     assert_frame_equal(stable(results), stable(one_machine), check_exact=True)
 
@@ -187,13 +187,11 @@ def test_no_port_answers_without_the_token_where_SECURITY_md_says_so(cluster, da
     methods = {port: METHODS.get(port, WORKERS) for row in guarded for port in found if port in row}
     assert set(METHODS) | WEB <= set(methods)
     for port in WEB:
-        assert other.run([sys.executable, "-c", STATUS.format(url=f"http://{one.address}:{port}/")]).strip() == "401", (
-            port
-        )
+        code = STATUS.format(url=f"http://{one.address}:{port}/", token=secrets.token_hex(32))
+        assert other.run([sys.executable, "-c", code]).split() == ["401", "403"], port
     asked = [(f"{one.address}:{port}", method) for port, method in methods.items() if port not in WEB]
     asked += [(f"{one.address}:6379", METHODS[6379], cluster.token)]  # so that the others say something
     said = json.loads(other.run([sys.executable, "-", json.dumps(asked)], stdin=PROBE.read_text()))
-    print(dict(zip(methods, said, strict=False)))
     assert said.pop() == "OK"
     assert set(said) == {"UNAUTHENTICATED"}, dict(zip(asked, said, strict=False))
     others = [(*words, secrets.token_hex(32)) for words in asked[:-1]]
