@@ -104,7 +104,11 @@ def impossible() -> str:
             ["ip", "link", "add", "praytry", "type", "bridge"], capture_output=True, text=True, check=False
         )
         subprocess.run(["ip", "link", "delete", "praytry"], capture_output=True, check=False)
-    return f"namespaces are not allowed here ({tried.stderr.strip()})" if tried.returncode else ""
+    return (
+        f"pretend hosts need namespaces, which are not allowed here ({tried.stderr.strip()})"
+        if tried.returncode
+        else ""
+    )
 
 
 def environment() -> list[Path]:
