@@ -75,7 +75,7 @@ class Launched:
         options = ["-N", "-o", "ExitOnForwardFailure=yes", "-L", f"{port}:127.0.0.1:{DASHBOARD}"]
         process = subprocess.Popen(self.hosts.a.ssh(*options), stdin=subprocess.DEVNULL)
         try:
-            wait(lambda: _listens(port), 30, "a tunnel to the dashboard")
+            wait(lambda: listens("127.0.0.1", port), 30, "a tunnel to the dashboard")
             yield f"http://127.0.0.1:{port}"
         finally:
             process.kill()
@@ -193,6 +193,6 @@ def wait(condition: Callable[[], bool], seconds: float, what: str) -> None:
         time.sleep(0.3)
 
 
-def _listens(port: int) -> bool:
+def listens(address: str, port: int) -> bool:
     with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) == 0
+        return probe.connect_ex((address, port)) == 0
