@@ -26,10 +26,11 @@ from perturbray.data.store import Store
 from perturbray.errors import InputError
 from perturbray.nodes import here, only
 
-READERS = 2  # read tasks at once
+READERS = 2  # read tasks at once, where nothing else is said
 COMPILED = 20_000_000  # stored values from which on a reader loads compiled loops, which takes it 0.4 s
 AHEAD = 1  # windows on their way to the consumer beside the one that it works on
-IN_FLIGHT = READERS + AHEAD + 2  # windows in the object store at once: being written, waiting, being used
+USED = 2  # windows beside those that are being written and on their way: being used, being freed
+IN_FLIGHT = READERS + AHEAD + USED  # windows in the object store at once, with so many readers
 WINDOW_MB = 80.0  # the best size of a window for speed, where memory allows it
 MEMORY_MB = 500.0  # what an epoch takes of the object store, where no limit is given
 
@@ -96,6 +97,7 @@ class Windows:
     at_once: int = 1  # trials that share the object store of a node
     readers: tuple[str, ...] = ()  # ids of the nodes that read; (): any
     driver: str = ""  # the node that reads where they are gone: it has the store
+    tasks: int = READERS  # read tasks at once
 
     def placed(self) -> "Windows":
         """Read where reading belongs, of the nodes that see the store."""
@@ -126,9 +128,9 @@ class Windows:
         """(windows + 1,) numbers of batches: as many whole batches a window as memory allows."""
         most = self._window_mb * 1e6 / row_bytes(self.store)
         if (largest := int(np.diff(cuts).max(initial=0))) > most:
-            need = largest * row_bytes(self.store) * IN_FLIGHT / 1e6
+            need = largest * row_bytes(self.store) * self.in_flight / 1e6
             raise InputError(
-                f"streaming holds {IN_FLIGHT} windows of at least a batch, of which the largest has {largest:,} cells: "
+                f"streaming holds {self.in_flight} windows of at least a batch, of which the largest has {largest:,} cells: "
                 f"{_mb(need)} MB are needed and {_mb(self.limit_mb)} MB allowed; raise PERTURBRAY_STREAM_MB or lower "
                 "training.batch_size"
             )
@@ -136,6 +138,11 @@ class Windows:
         while edges[-1] < len(cuts) - 1:
             edges.append(int(np.searchsorted(cuts, cuts[edges[-1]] + most, side="right")) - 1)
         return edges
+
+    @property
+    def in_flight(self) -> int:
+        """Windows in the object store at once."""
+        return self.tasks + AHEAD + USED
 
     @property
     def limit_mb(self) -> float:
@@ -157,7 +164,7 @@ class Windows:
 
     @property
     def _window_mb(self) -> float:
-        return min(WINDOW_MB, self.limit_mb / IN_FLIGHT)
+        return min(WINDOW_MB, self.limit_mb / self.in_flight)
 
     def _stream(self, parts: list[np.ndarray]) -> Iterator[Rows]:
         """The rows of each part, in order. Raises RuntimeError where what came is not what was asked for."""
@@ -173,7 +180,7 @@ class Windows:
             windows = ray.data.read_datasource(
                 WindowSource(self.store, parts),
                 override_num_blocks=len(parts),
-                concurrency=min(READERS, len(parts)),
+                concurrency=min(self.tasks, len(parts)),
                 num_cpus=0,
                 ray_remote_args=self._places,
             )

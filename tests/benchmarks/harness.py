@@ -14,7 +14,7 @@ import statistics
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,7 @@ class Contestant:
 
     Imports, reading of small inputs and compilation come before the first turn. ``share`` is the part of the work that the
     task does, where its cost is proportional to the work and the whole would take minutes: costs are divided by it.
+    ``through`` makes a command one that runs elsewhere, as on another host.
     """
 
     def __init__(
@@ -51,12 +52,13 @@ class Contestant:
         python: str = sys.executable,
         share: float = 1.0,
         cache: str | None = None,
+        through: Callable[[list[str]], list[str]] = list,
         **options: Any,
     ):
         self._share = share
         own = {"PERTURBRAY_CACHE": str(cache)} if cache else {}
         self._process = subprocess.Popen(
-            [python, str(HERE / "contestants" / script), task, json.dumps(options, default=str)],
+            through([python, str(HERE / "contestants" / script), task, json.dumps(options, default=str)]),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

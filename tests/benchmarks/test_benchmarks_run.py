@@ -45,6 +45,12 @@ SCRIPTS = {
         "ratios": {"noop_over_tune"},
         "figures": {"seconds_per_noop_trial", "memory_of_trials_many_gb", "copies_of_the_screen"},
     },
+    "cluster.py": {
+        "parts": "hosts,readers",  # scoring runs the same code as hosts
+        "ratios": {"one_host_over_two", "readers_2_over_1", "readers_4_over_1"},
+        "figures": {"sweep_two_wall_s", "cells_a_second_mapped_here", "cells_a_second_4_readers_there"},
+        "bounds": {"sweep_tables_that_differ": 0.5},
+    },
 }
 
 
@@ -53,7 +59,9 @@ SCRIPTS = {
 def test_a_benchmark_runs_without_peers_and_leaves_its_figures(script, tmp_path):
     file, expected = tmp_path / "figures.json", SCRIPTS[script]
     command = [sys.executable, HERE / script, "--quick", "--no-peers", "--only", expected["parts"], "--json", file]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    if done.stderr.startswith("error: ") and "pretend hosts" in done.stderr:
+        pytest.skip(done.stderr.strip())
     assert done.returncode == 0, done.stderr
     found = json.loads(file.read_text())
     assert set(found["ratios"]) == expected["ratios"]

@@ -214,6 +214,7 @@ class Driver:
         while not condition():
             if self.process.poll() is not None or time.monotonic() > end:
                 self.process.kill()
+                self.process.wait()
                 pytest.fail("waited in vain:\n" + "\n".join(self.said()))
             time.sleep(0.1)
 
@@ -223,6 +224,7 @@ class Driver:
             code = self.process.wait(timeout=seconds)
         finally:
             self.process.kill()
+            self.process.wait()
         assert code == 0, "\n".join(self.said())
         return self.said()
 
