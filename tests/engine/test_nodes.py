@@ -68,7 +68,7 @@ def nodes(head, folders):
     return head
 
 
-def test_nodes_that_do_not_see_the_drivers_files_give_the_numbers_of_one_machine(ray_session, nodes, folders):
+def test_nodes_that_do_not_see_the_drivers_files_give_the_numbers_of_one_machine(nodes, folders, one_machine):
     lines = drive(nodes, folders, folders / "open" / "small")
     text = "3 nodes, 4 CPUs, 1 GPUs: 2 trials at once (1 CPU, 0.5 GPU each), 1 scorer (0.2 CPU each, on nodes without a GPU)"
     assert text in lines
