@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import small
 
@@ -198,6 +199,15 @@ def noted(screen: Path, seeds: int = 2) -> pr.Sweep:
     """The sweep of such a plugin, which is installed."""
     models = (pr.MeanShift(), pr.MODELS["noting"](width=8, latent_dim=4))
     return small.sweep(screen, models, seeds=seeds, metrics=(*small.METRICS, Metric("noting")))
+
+
+def alone(screen: Path, folder: Path, seeds: int = 2) -> pd.DataFrame:
+    """The table of the same sweep on this process's own Ray. One text of the plugin serves all tests of a process."""
+    here = tempfile.gettempdir() + "/perturbray-notes"
+    Path(here).mkdir(exist_ok=True)
+    mine = small.plugin(noting(Path(here)), "noting")
+    small.run(noted(screen, seeds), folder, plugins=[mine])
+    return small.stable(folder)
 
 
 @dataclass

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import small
-from nodes import DRIVER, Cluster, noted, noting
+from nodes import DRIVER, Cluster, alone, noting
 from pandas.testing import assert_frame_equal
 from ray.autoscaler._private.fake_multi_node.node_provider import FakeMultiNodeProvider
 
@@ -101,9 +101,7 @@ def test_a_sweep_begins_on_a_cluster_of_no_nodes_and_leaves_none(ray_session, sm
     (placed,) = [line for line in lines if "at once" in line]
     assert "2 trials at once (1 CPU, 1 GPU each), 1 scorer (0.2 CPU each, on nodes without a GPU)" in placed
 
-    mine = small.plugin(noting(tmp_path), "noting")
-    small.run(noted(small_screen), tmp_path / "alone", plugins=[mine])
-    assert_frame_equal(small.stable(tmp_path / "out"), small.stable(tmp_path / "alone"), check_exact=True)
+    assert_frame_equal(small.stable(tmp_path / "out"), alone(small_screen, tmp_path / "alone"), check_exact=True)
 
 
 def test_nodes_that_cannot_be_launched_are_said_while_they_are_waited_for(small_screen, tmp_path):
