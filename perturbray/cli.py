@@ -110,7 +110,18 @@ def sweep_parser(name: str, description: str) -> argparse.ArgumentParser:
     run = parser.add_argument_group("running")
     run.add_argument("--plugin", metavar="FILE.py", action="append", default=[], help="registers models of your own")
     run.add_argument("--results", metavar="DIR", default="results", help="where results go (default: results)")
-    run.add_argument("--address", metavar="ADDRESS", help="a Ray cluster, e.g. auto (default: this machine alone)")
+    run.add_argument(
+        "--address",
+        metavar="ADDRESS",
+        help="a Ray cluster that this machine belongs to, e.g. auto (default: this machine alone; within `ray job submit`, "
+        "which is the way from elsewhere, its cluster)",
+    )
+    run.add_argument(
+        "--gpus-per-trial",
+        metavar="G",
+        type=float,
+        help="of one GPU, where there are any: 0.25 runs four small models on each (default: 1)",
+    )
     run.add_argument(
         "--keep-models",
         action="store_true",
@@ -221,6 +232,7 @@ def _run_script(
     changes = [_assignment(text, "--set") for text in arguments.set]
     axes = {path: values.split(",") for path, values in (_assignment(text, "--grid") for text in arguments.grid)}
     _check_folder(Path(arguments.results))
+    _check_run(arguments)
     signal.signal(signal.SIGTERM, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
 
     from perturbray import plugin
@@ -278,6 +290,7 @@ def _run(sweep: "Sweep", folder: Path, arguments: argparse.Namespace, plugins: t
             sweep = tuning.known(sweep, folder, terminal)
         else:
             running = {"address": arguments.address, "plugins": plugins, "events": terminal}
+            running["gpus"] = arguments.gpus_per_trial
             try:
                 sweep = tuning.tune(sweep, folder, track=sweep.track, **running)
             except tuning.SearchError as error:
@@ -291,7 +304,8 @@ def _run(sweep: "Sweep", folder: Path, arguments: argparse.Namespace, plugins: t
     failures: ExceptionGroup | None = None
     words = [sys.executable.rsplit("/", 1)[-1], *sys.argv]
     try:
-        ran = run_sweep(plan, address=arguments.address, plugins=plugins, command=shlex.join(words), events=terminal)
+        running = {"address": arguments.address, "gpus": arguments.gpus_per_trial or 1.0, "plugins": plugins}
+        ran = run_sweep(plan, command=shlex.join(words), events=terminal, **running)
         if not ran:
             from perturbray.results.report import write_report
 
@@ -422,6 +436,21 @@ def _check_folder(folder: Path, *, flag: str = "--results") -> None:
         raise InputError(f"{flag} {folder}: {place} is a file; name a folder")
     if not os.access(place, os.W_OK | os.X_OK):
         raise InputError(f"{flag} {folder}: {place} cannot be written; name another folder")
+
+
+def _check_run(arguments: argparse.Namespace) -> None:
+    """Raise InputError for what no cluster could run, before anything is read."""
+    from perturbray.cluster import chosen, in_job
+
+    chosen(arguments.address)
+    share = arguments.gpus_per_trial
+    if share is not None and not 0 < share <= 1:
+        raise InputError(f"--gpus-per-trial {share:g}: above 0, at most 1; a trial runs on one GPU or a part of one")
+    if in_job() and not Path(arguments.results).is_absolute():
+        raise InputError(
+            f"--results {arguments.results}: a job runs in a copy of its working directory, which Ray deletes, and the "
+            "results with it; give an absolute path that every node sees"
+        )
 
 
 def _report(arguments: argparse.Namespace) -> int:

@@ -1,6 +1,5 @@
-"""The cluster: connect to Ray, count what it has, and check in numbers that trials and scorers fit."""
+"""The cluster: connect to Ray, and settle in numbers that trials and scorers fit, waiting for nodes that are to come."""
 
-import math
 import os
 import secrets
 import signal
@@ -8,59 +7,81 @@ import socket
 import stat
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from perturbray.errors import InputError
+from perturbray.placement import Node, Placement, amounts
 
-SCORER_CPUS = 0.2  # scoring pseudobulks takes milliseconds a trial
-CPUS_A_SCORER = 8
 FREED_OFTEN = "RAY_free_objects_period_milliseconds", "100"  # Ray's own second holds windows that are done with
+JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set in a process that was started by `ray job submit`
+MOST_NODES = 1000  # of an autoscaler without a limit that are planned with
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Cluster:
     """What Ray offers, and where it is watched."""
 
-    cpus: float
-    gpus: float
-    nodes: int
-    dashboard: str  # http address, "" without one
-    token: str  # where the dashboard's token stands
+    there: tuple[Node, ...]
+    could: tuple[Node, ...] = ()  # nodes that its autoscaler could bring
+    shared: bool = False  # it is not this process's own: it has, or may get, other nodes
+    dashboard: str = ""  # http address, "" without one
+    token: str = ""  # where the dashboard's token stands
 
+    @property
+    def nodes(self) -> int:
+        return len(self.there)
 
-@dataclass(frozen=True)
-class Placement:
-    """How many trials run at once and what each takes."""
+    @property
+    def cpus(self) -> float:
+        return sum(node.cpus for node in self.there)
 
-    at_once: int
-    trial_cpus: float
-    trial_gpus: float
-    scorers: int  # 0: a trial scores itself, since a single core has no room for another process
+    @property
+    def gpus(self) -> float:
+        return sum(node.gpus for node in self.there)
 
     def __str__(self) -> str:
-        trial = f"{self.at_once} trial{'s' if self.at_once > 1 else ''} at once ({self.trial_cpus:g} CPU"
-        trial += f", {self.trial_gpus:g} GPU each)" if self.trial_gpus else " each)"
-        scorers = f"{self.scorers} scorer{'s' if self.scorers > 1 else ''} ({SCORER_CPUS:g} CPU each)"
-        return f"{trial}, {scorers if self.scorers else 'scoring inline'}"
+        text = f"{self.nodes} node{'s' * (self.nodes > 1)}, {amounts(self.there)}"
+        return text + (f"; {len(self.could)} more could come, {amounts(self.could)}" if self.could else "")
 
 
-def place(cpus: float, gpus: float, *, trials: int) -> Placement:
-    """Divide a cluster between trials and scorers. Raises InputError, in numbers, where a trial would wait for ever."""
-    if cpus <= 0:
-        raise InputError("the cluster has 0 CPUs, and a trial needs a part of one: start Ray with --num-cpus")
-    scorers = 0 if cpus < 2 else max(1, min(trials, int(cpus) // CPUS_A_SCORER))
-    left = cpus - scorers * SCORER_CPUS
-    at_once = max(1, min(trials, int(gpus) if gpus >= 1 else int(cpus)))
-    trial_cpus = min(1.0, math.floor(100 * left / at_once) / 100)
-    return Placement(at_once=at_once, trial_cpus=trial_cpus, trial_gpus=1.0 if gpus >= 1 else 0.0, scorers=scorers)
+def settle(
+    cluster: Cluster, plan: Callable[[Sequence[Node]], Placement], *, say: Callable[[str], None] = lambda _: None
+) -> tuple[Cluster, Placement]:
+    """The placement that ``plan`` makes of nodes, on those that are there and could come; waits for what it needs first.
+
+    Raises InputError at once, in numbers, where what it asks for can never come.
+    """
+    from perturbray import nodes
+
+    offer = nodes.offer(cluster.there, limit=MOST_NODES) if cluster.shared else nodes.Offer()
+    cluster = replace(cluster, could=offer.nodes)
+    try:
+        placement = plan([*cluster.there, *cluster.could])
+    except InputError as error:
+        if not offer.unsized:
+            raise InputError(f"{error} (there: {cluster}; {_nothing(cluster)})") from None
+        cluster = replace(cluster, there=tuple(nodes.wait_for_any(offer.unsized, say=say)))
+        placement = plan(cluster.there)
+    if not placement.begins(cluster.there):
+        cluster = replace(cluster, there=tuple(nodes.wait(placement, cluster.there, cluster.could, say=say)))
+        offer = nodes.offer(cluster.there, limit=MOST_NODES)
+        cluster = replace(cluster, could=offer.nodes)
+    return cluster, placement
+
+
+def _nothing(cluster: Cluster) -> str:
+    if cluster.could:
+        return "an autoscaler brings no others"
+    return "no autoscaler could bring any" if cluster.shared else "it is this machine alone"
 
 
 @contextmanager
-def connect(address: str | None = None) -> Iterator[Cluster]:
+def connect(address: str | None = None, *, say: Callable[[str], None] = lambda _: None) -> Iterator[Cluster]:
     """A Ray of our own on this machine, or the cluster at ``address``. Token authentication is on."""
+    address, note = chosen(address)
     early = "ray" in sys.modules  # Ray reads its environment when it is imported
     token = _token()
     os.environ["RAY_AUTH_MODE"] = "token"
@@ -72,8 +93,10 @@ def connect(address: str | None = None) -> Iterator[Cluster]:
     import ray
 
     if ray.is_initialized():  # a notebook's own, or a test session's
-        yield _describe("", token)
+        yield _describe("", token, shared=address is not None)
         return
+    if note:
+        say(note)
     if early:
         ray._raylet.Config.initialize("")  # read it again, or this process and Ray's disagree about the token
     if address is not None:
@@ -94,7 +117,7 @@ def connect(address: str | None = None) -> Iterator[Cluster]:
     if callable(terminate):
         signal.signal(signal.SIGTERM, terminate)  # Ray puts its own handler in the place of the command line's
     try:
-        yield _describe(context.dashboard_url or "", token)
+        yield _describe(context.dashboard_url or "", token, shared=address is not None)
     finally:
         ray.shutdown()
 
@@ -110,14 +133,42 @@ def _check_address(address: str) -> None:
         raise InputError(f"--address {address}: no Ray cluster answers there ({error})") from None
 
 
-def _describe(dashboard: str, token: str) -> Cluster:
-    import ray
+def chosen(address: str | None) -> tuple[str | None, str]:
+    """The address to connect to, None for a Ray of our own, and a line where the environment decided it.
 
-    resources = ray.cluster_resources()
+    A job uses the cluster that it was submitted to. Raises InputError for an address at which no sweep can run.
+    """
+    variable = os.environ.get("RAY_ADDRESS", "")
+    if address is None and variable:
+        if JOB in os.environ:
+            return variable, f"this job runs on the cluster that it was submitted to, {variable}"
+        if "://" in variable:
+            return None, (
+                f"RAY_ADDRESS={variable} is where `ray job submit` hands a job over; this sweep runs on this machine alone"
+            )
+        return variable, f"RAY_ADDRESS={variable} names the cluster; --address local would be this machine alone"
+    if address is None or address == "local":
+        return None, ""
+    if "://" in address:
+        raise InputError(
+            f"--address {address}: a sweep is run by a machine of the cluster, not through a tunnel; from elsewhere submit "
+            "it: RAY_ADDRESS=http://127.0.0.1:8265 ray job submit --working-dir . -- python sweeps/... --address auto"
+        )
+    return address, ""
+
+
+def in_job() -> bool:
+    """Whether `ray job submit` started this process: then it runs in a copy of a folder, which Ray deletes."""
+    return JOB in os.environ
+
+
+def _describe(dashboard: str, token: str, *, shared: bool) -> Cluster:
+    from perturbray.nodes import there
+
+    found = tuple(there())
     return Cluster(
-        cpus=float(resources.get("CPU", 0)),
-        gpus=float(resources.get("GPU", 0)),
-        nodes=len([node for node in ray.nodes() if node["Alive"]]),
+        there=found,
+        shared=shared or len(found) > 1,
         dashboard=f"http://{dashboard}" if dashboard else "",
         token=token,
     )

@@ -13,8 +13,9 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from perturbray.cluster import Cluster, Placement
+from perturbray.cluster import Cluster
 from perturbray.engine import Events
+from perturbray.placement import Placement
 from perturbray.plan import Plan
 from perturbray.results import table
 from perturbray.results.report import write_report
@@ -40,8 +41,7 @@ class Terminal(Events):
         self.console.print(Text(text))
 
     def connected(self, cluster: Cluster, placement: Placement, tune_folder: Path) -> None:
-        nodes = f"{cluster.nodes} node{'s' if cluster.nodes > 1 else ''}"
-        self.line(f"Ray: {nodes}, {cluster.cpus:g} CPUs, {cluster.gpus:g} GPUs: {placement}")
+        self.line(f"Ray: {cluster}: {placement}")
         if cluster.dashboard:
             self.line(f"Ray dashboard: {cluster.dashboard} (it asks for the token in {cluster.token})")
         self.line(f"TensorBoard:   tensorboard --logdir {tune_folder.parent}")

@@ -1,12 +1,9 @@
 """The engine: runs a sweep on Tune. Finished work is known by key and never repeated; one failure stops nothing else."""
 
 import os
-import pickle
-import socket
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -15,46 +12,25 @@ import cloudpickle
 import numpy as np
 
 from perturbray import plugin, scoring
-from perturbray.cluster import SCORER_CPUS, Cluster, Placement, connect, place
-from perturbray.data.dataset import Conditions, DatasetSpec, open_screen, target_sum
+from perturbray.cluster import Cluster, connect, settle
+from perturbray.data.dataset import DatasetSpec, open_screen, target_sum
 from perturbray.data.loading import Delivery
 from perturbray.data.splits import TRAIN
 from perturbray.data.store import Store
-from perturbray.data.truth import CELLS_SEED, digest, observe
+from perturbray.data.truth import digest, observe
+from perturbray.errors import InputError
 from perturbray.metrics.cell_metrics import COMPONENTS
 from perturbray.metrics.distribution import fit_pca
-from perturbray.models.base import MODELS
+from perturbray.placement import SCORER_CPUS, Placement, place
 from perturbray.plan import Plan, reference, task_of, versions
 from perturbray.prediction import Truth
+from perturbray.process import BLIND, Shared, train, trainable
 from perturbray.randomness import generator
 from perturbray.results import table
-from perturbray.results.anchors import MEAN_RESPONSE
-from perturbray.trial import Outcome, Trial, run
+from perturbray.trial import Trial
 
 ROUNDS = 3  # times that trials lost with their process are started again
 PCA_CELLS = 50_000  # training cells that the space of distribution metrics is fitted on
-CHECKPOINT_SECONDS = 30.0  # between two checkpoints of a trial
-
-
-@dataclass(frozen=True, kw_only=True)
-class Shared:
-    """What every trial of a sweep is given: once in the object store, whatever the number of trials."""
-
-    folder: Path
-    plugins: tuple[plugin.Plugin, ...]
-    trials: bytes  # pickled {key: Trial}; opened once the plugins that define the specs are installed
-    conditions: dict[DatasetSpec, Conditions]
-    blocks: dict[DatasetSpec, "Blocks"]  # noqa: F821  # imports ray
-    windows: dict[DatasetSpec, "Windows | None"]  # noqa: F821  # imports ray; None: cells are mapped and not streamed
-    truths: "ray.ObjectRef"  # noqa: F821  # {digest: Truth}
-    truth_of: dict[str, str]  # the truth of each trial, by key
-    cells: int  # predicted cells of a condition that are handed to the scorers; 0: none
-    score: Callable  # (item, truths), for a trial that scores itself
-    pool: "Pool | None"  # noqa: F821  # imports ray
-    order: dict[str, int]
-    columns: dict[str, str]
-    models: dict[str, Path]  # where to store fitted models, by key; empty: nowhere
-    depths: dict[DatasetSpec, float | None]  # counts to which cells were scaled; None: they came log-normalised
 
 
 class Events:
@@ -89,11 +65,12 @@ def run_sweep(
     plan: Plan,
     *,
     address: str | None = None,
+    gpus: float = 1.0,
     plugins: tuple[plugin.Plugin, ...] = (),
     command: str = "",
     events: Events | None = None,
 ) -> int:
-    """Run what remains of a plan; the number of trials that ran.
+    """Run what remains of a plan; the number of trials that ran. ``gpus``: of each trial, where there are any.
 
     Raises ExceptionGroup of TrialError, after all others are stored, if trials failed. Interrupted, or killed at any
     time, it goes on where it was when called again.
@@ -110,7 +87,11 @@ def run_sweep(
         events.planned(plan)
         wanted = plan.remaining()
         if wanted:
-            _run(plan, wanted, stores, address=address, plugins=plugins, events=events)
+            try:
+                _run(plan, wanted, stores, address=address, gpus=gpus, plugins=plugins, events=events)
+            except InputError:  # of the cluster: nothing ran
+                _end(plan, "interrupted")
+                raise
     _raise_failures(plan, set(wanted))
     return len(wanted)
 
@@ -121,21 +102,23 @@ def _run(
     stores: dict[DatasetSpec, Store],
     *,
     address: str | None,
+    gpus: float,
     plugins: tuple[plugin.Plugin, ...],
     events: Events,
 ) -> None:
     """Connect to Ray, share what is needed, train and score."""
     for key in wanted:
         (plan.folder / f"{key}{table.FAILED}").unlink(missing_ok=True)
-    with connect(address) as cluster:
+    with connect(address, say=events.line) as cluster:
         import ray
 
         from perturbray.data import blocks
         from perturbray.metrics.pool import WAITING, WAITING_CELLS, Pool
+        from perturbray.nodes import check_sight, home
 
-        placement = place(cluster.cpus, cluster.gpus, trials=len(wanted))
-        nodes = address is not None or cluster.nodes > 1
-        shared_stores = {spec: blocks.share(store, nodes=nodes) for spec, store in stores.items()}
+        cluster, placement = settle(cluster, partial(place, trials=len(wanted), gpus=gpus), say=events.line)
+        check_sight(plan.folder.resolve(), cluster.there)
+        shared_stores = {spec: blocks.share(store, nodes=cluster.shared) for spec, store in stores.items()}
         tune_folder = plan.folder / "tune" / datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
         truths = _observe(plan, stores)
         if plan.sweep.needs_linear:
@@ -152,15 +135,22 @@ def _run(
         waiting = WAITING_CELLS if plan.sweep.needs_cells else WAITING
         pool = None
         if placement.scorers:
-            pool = Pool.start(work, stored, actors=placement.scorers, cpus=SCORER_CPUS, waiting=waiting)
+            options = {"actors": placement.scorers, "cpus": SCORER_CPUS, "waiting": waiting}
+            if cluster.shared:
+                # What Ray is told they take is nothing, though room is left for them: one that is started again after its
+                # node is gone must not wait for room that trials hold which wait for it.
+                options |= {"cpus": 0.0, "home": home}
+            pool = Pool.start(work, stored, **options)
         events.connected(cluster, placement, tune_folder)
         shared = Shared(
             folder=plan.folder.resolve(),
+            sweep=plan.sweep.name,
+            marker=tune_folder,
             plugins=plugins,
             trials=cloudpickle.dumps(plan.trials),
             conditions=plan.conditions,
             blocks=shared_stores,
-            windows=deliver(stores, placement, events),
+            windows=deliver(stores, placement, events, nodes=cluster.shared),
             truths=stored,
             truth_of={key: plan.truth_of(trial) for key, trial in plan.trials.items()},
             cells=plan.sweep.cells if plan.sweep.needs_cells else 0,
@@ -181,13 +171,17 @@ def _run(
                         work(anchor, truths)
                     else:
                         pool.submit(f"anchor {key}", anchor, turn=number)
-                _run_rounds(plan, shared, placement, tune_folder, events)
+                Rounds(plan, shared, placement, tune_folder, events, growing=cluster.shared).run()
                 state = "done"
             finally:
                 if pool is not None:
                     pool.drain()  # what is trained is scored, also after Ctrl-C
                     pool.stop()
-                table.write_plan(plan.folder, {**table.read_plan(plan.folder), "status": {"state": state}})
+                _end(plan, state)
+
+
+def _end(plan: Plan, state: str) -> None:
+    table.write_plan(plan.folder, {**table.read_plan(plan.folder), "status": {"state": state}})
 
 
 def _store(plan: Plan, command: str) -> None:
@@ -200,203 +194,130 @@ def _store(plan: Plan, command: str) -> None:
         (plan.folder / table.REFERENCE).unlink(missing_ok=True)
 
 
-def _run_rounds(plan: Plan, shared: Shared, placement: Placement, tune_folder: Path, events: Events) -> None:
-    """Tune's run, again for the trials that were lost with a process: Tune gives up where its own monitor kills one."""
-    for number in range(ROUNDS):
-        failed = table.failed(plan.folder)
-        keys = [key for key in plan.remaining() if key not in failed]
-        if not keys:
-            return
-        if number:
-            events.line(f"{len(keys)} trials were lost with the process that ran or scored them: running them again")
+class Rounds:
+    """Tune's runs of a plan: again for the trials that were lost with a process, a node or its sight. Tune gives up where
+    its own monitor kills a process; and a trial that was lost has neither a result nor a record."""
+
+    def __init__(
+        self, plan: Plan, shared: Shared, placement: Placement, tune_folder: Path, events: Events, *, growing: bool
+    ) -> None:
+        self.plan, self.shared, self.placement, self.events = plan, shared, placement, events
+        self.tune_folder, self.growing = tune_folder, growing
+        self.reasons: dict[str, str] = {}  # why a trial was lost the last time
+        self.blind: dict[str, str] = {}  # nodes that joined and do not see the folder, by id: trials avoid them
+
+    def run(self) -> None:
+        """Until every trial is finished or recorded as failed, with its reason."""
+        number = again = 0
+        while number < ROUNDS and (keys := self.left()):
+            if again:
+                self.events.line(
+                    f"{len(keys)} trials were lost with the process that ran or scored them: running them again"
+                )
+            known = len(self.blind)
+            self.round(keys, self.tune_folder.with_name(f"{self.tune_folder.name}-{again}"))
+            again += 1
+            number += len(self.blind) == known  # else the trials met a node that the next round avoids
+            if len(self.blind) > known and not self.anywhere():
+                break
+        for key in self.left():
+            reason = self.reasons.get(key, f"its process died {again} times")
+            table.write_failure(self.plan.folder, key, name=self.plan.trials[key].name, error=reason)
+
+    def left(self) -> list[str]:
+        failed = table.failed(self.plan.folder)
+        return [key for key in self.plan.remaining() if key not in failed]
+
+    def anywhere(self) -> bool:
+        """Whether a node is there that sees the folder and has room for a trial."""
+        from perturbray.nodes import there
+
+        return any(self.placement.runs_on(node) for node in there() if node.id not in self.blind)
+
+    def round(self, keys: list[str], folder: Path) -> None:
         try:
-            _tune(keys, shared, placement, tune_folder.with_name(f"{tune_folder.name}-{number}"), events)
+            self.tune(keys, folder)
         except RuntimeError as error:
-            events.line(f"Ray Tune gave up ({error})")
-        if shared.pool is not None:
-            shared.pool.drain()
-            shared.pool.revive()
-    failed = table.failed(plan.folder)
-    for key, trial in plan.remaining().items():
-        if key not in failed:
-            table.write_failure(plan.folder, key, name=trial.name, error=f"its process died {ROUNDS} times")
+            self.events.line(f"Ray Tune gave up ({error})")
+        if (pool := self.shared.pool) is not None:
+            failed, _ = pool.drain()
+            self.reasons |= {item.name: f"{type(item.error).__name__}: {item.error}" for item in failed}
+            pool.revive()
+
+    def lost(self, key: str, why: str) -> None:
+        """A trial ended without a result; ``why`` may name a node that does not see the folder."""
+        node, _, name = why.removeprefix(BLIND).strip().partition(" ")
+        if not why.startswith(BLIND):
+            self.reasons[key] = f"its process died; the last time: {why}"
+            return
+        self.reasons[key] = f"node {name} joined and does not see {self.shared.folder}: mount it there"
+        if node not in self.blind:
+            self.blind[node] = name
+            self.events.line(f"{self.reasons[key]}; trials that came there are run again elsewhere")
+
+    def tune(self, keys: list[str], folder: Path) -> None:
+        os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # Ctrl-C reaches us as KeyboardInterrupt
+        from ray import tune
+
+        shared = replace(self.shared, marker=folder.resolve())
+        name = f"trial {self.shared.sweep}"
+        tuner = tune.Tuner(
+            trainable(train, self.placement, name=name, avoid=self.blind, shared=shared),
+            param_space={"key": tune.grid_search(keys)},
+            tune_config=tune.TuneConfig(
+                reuse_actors=True,  # a fresh process a trial costs 2 s of imports
+                # Where nodes may join, only room is a limit: one that nobody knew of is used too.
+                max_concurrent_trials=None if self.growing else self.placement.at_once,
+                trial_name_creator=lambda trial: trial.config["key"],
+                trial_dirname_creator=lambda trial: trial.config["key"],
+            ),
+            run_config=tune.RunConfig(
+                name=folder.name,
+                storage_path=str(folder.parent.resolve()),
+                failure_config=tune.FailureConfig(max_failures=2),  # of a process: errors of a trial do not reach Tune
+                checkpoint_config=tune.CheckpointConfig(num_to_keep=1),
+                callbacks=[_callback(self)],
+                verbose=0,
+            ),
+        )
+        tuner.fit()
 
 
-def _tune(keys: list[str], shared: Shared, placement: Placement, tune_folder: Path, events: Events) -> None:
-    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # Ctrl-C reaches us as KeyboardInterrupt
+def _callback(rounds: Rounds):
     from ray import tune
 
     class Callback(tune.Callback):
-        def __init__(self, events: Events) -> None:
-            self.events = events
+        def __init__(self, rounds: Rounds | None) -> None:
+            self.rounds, self.events = rounds, rounds.events if rounds else Events()
 
-        def __getstate__(self) -> dict:
-            return {"events": Events()}  # Tune pickles its callbacks, and a terminal does not pickle
+        def __reduce__(self):
+            return type(self), (None,)  # Tune pickles its callbacks, and a terminal does not pickle
 
         def on_trial_start(self, iteration, trials, trial, **info) -> None:
             self.events.started(trial.config["key"])
 
         def on_trial_complete(self, iteration, trials, trial, **info) -> None:
             self.events.stopped(trial.config["key"])
+            if why := (trial.last_result or {}).get(BLIND):
+                self.rounds.lost(trial.config["key"], f"{BLIND} {why}")
 
         def on_trial_error(self, iteration, trials, trial, **info) -> None:
             self.events.stopped(trial.config["key"])
+            said = (trial.get_error() or "").strip().splitlines()
+            self.rounds.lost(trial.config["key"], said[-1] if said else "it said nothing")
 
-    resources = {"cpu": placement.trial_cpus, "gpu": placement.trial_gpus}
-    tuner = tune.Tuner(
-        tune.with_resources(tune.with_parameters(train, shared=shared), resources),
-        param_space={"key": tune.grid_search(keys)},
-        tune_config=tune.TuneConfig(
-            reuse_actors=True,  # a fresh process a trial costs 2 s of imports
-            max_concurrent_trials=placement.at_once,
-            trial_name_creator=lambda trial: trial.config["key"],
-            trial_dirname_creator=lambda trial: trial.config["key"],
-        ),
-        run_config=tune.RunConfig(
-            name=tune_folder.name,
-            storage_path=str(tune_folder.parent.resolve()),
-            failure_config=tune.FailureConfig(max_failures=2),  # of a process: errors of a trial do not reach Tune
-            checkpoint_config=tune.CheckpointConfig(num_to_keep=1),
-            callbacks=[Callback(events)],
-            verbose=0,
-        ),
-    )
-    tuner.fit()
-
-
-def train(config: dict, *, shared: Shared) -> None:
-    """Tune's trainable: one trial, from mapped rows to a prediction in a scorer's queue. Leaves no state in its process."""
-    import ray
-    from ray import tune
-
-    from perturbray.metrics.pool import NoScorerError, keep_here
-
-    key, started = config["key"], scoring.now()
-    plugin.install(shared.plugins)
-    trial: Trial = pickle.loads(shared.trials)[key]
-    try:
-        with one_thread():
-            checkpoints = Checkpoints(tune)
-            cells = shared.blocks[trial.dataset].cells()
-            conditions = shared.conditions[trial.dataset]
-            truths = ray.get(shared.truths)
-            truth, pool, turn = shared.truth_of[key], shared.pool, shared.order[key]
-            outcome = run(
-                trial,
-                cells,
-                conditions,
-                truth=truths[truth],
-                sample=shared.cells,
-                keep=keep_here if pool is None else partial(pool.keep, key, turn=turn),
-                report=checkpoints.report,
-                state=checkpoints.restore(),
-                windows=shared.windows[trial.dataset],
-            )
-        if key in shared.models:  # before the result, which says that the trial is finished
-            _keep(outcome, trial, conditions, shared.depths[trial.dataset], shared.models[key])
-        scorable = scoring.Scorable(
-            key=key,
-            name=trial.name,
-            columns={**trial.columns(), **outcome.columns, "cells_cap": shared.cells, "cells_seed": CELLS_SEED},
-            truth=truth,
-            predicted=outcome.predicted,
-            stratum=outcome.stratum,
-            baseline=type(trial.model) is MODELS[MEAN_RESPONSE],
-        )
-        scorable.columns.update(shared.columns, started=started, trained=scoring.now(), host=socket.gethostname())
-        if pool is None:
-            shared.score(scorable, truths)
-        else:
-            pool.submit(key, scorable, turn=turn)
-    except NoScorerError:  # not the trial's fault: without a result and without a record, it is run again
-        tune.report({"failed": 1})
-        return
-    except Exception as error:
-        # Recorded here and not raised: Tune would run it again, and an error of the trial itself would come again.
-        table.write_failure(shared.folder, key, name=trial.name, error=error)
-        tune.report({"failed": 1})
-        return
-    checkpoints.finish(outcome)
-
-
-def _keep(outcome: Outcome, trial: Trial, conditions: Conditions, depth: float | None, place: Path) -> None:
-    from perturbray.training.fitted import Fitted
-
-    fitted = Fitted(
-        spec=trial.model,
-        state=outcome.model.state_dict(),
-        conditions=conditions,
-        subset=outcome.split.condition,
-        train_cells=outcome.vocabulary.train_cells,
-        embedding_width=outcome.vocabulary.embedding_width,
-        roles={name: getattr(trial.dataset, name) for name in ("perturbation", "delimiter", "layer")},
-        depth=depth,
-        seed=trial.seed,
-        name=trial.name,
-    )
-    fitted.save(place)
-
-
-class Checkpoints:
-    """Reports epochs to Tune, with a checkpoint now and then and one of the fitted model at the end."""
-
-    def __init__(self, tune, *, seconds: float = CHECKPOINT_SECONDS) -> None:
-        self.tune, self.seconds = tune, seconds
-        self.last = time.monotonic()
-
-    def restore(self) -> dict | None:
-        """The state to go on from, if this trial's process died before."""
-        from perturbray.training import checkpoint
-
-        stored = self.tune.get_checkpoint()
-        if stored is None:
-            return None
-        with stored.as_directory() as folder:
-            return checkpoint.load(folder)
-
-    def report(self, values: dict[str, float], snapshot: Callable[[], dict]) -> None:
-        if time.monotonic() - self.last < self.seconds:
-            self.tune.report(values)
-            return
-        self._report(values, snapshot())
-        self.last = time.monotonic()
-
-    def finish(self, outcome: Outcome) -> None:
-        values = {"failed": 0, "epochs": outcome.fit.epochs, "best_loss": outcome.fit.best_loss}
-        self._report(values, {"fitted": outcome.model.state_dict()})
-
-    def _report(self, values: dict, state: dict) -> None:
-        import tempfile
-
-        from perturbray.training import checkpoint
-
-        with tempfile.TemporaryDirectory() as folder:
-            checkpoint.save(folder, state)
-            self.tune.report(values, checkpoint=self.tune.Checkpoint.from_directory(folder))
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """One thread a CPU process, so that two trials on two cores do not fight; on a GPU the host's share is small too."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+    return Callback(rounds)
 
 
 def deliver(
-    stores: dict[DatasetSpec, Store], placement: Placement, events: Events
+    stores: dict[DatasetSpec, Store], placement: Placement, events: Events, *, nodes: bool
 ) -> dict[DatasetSpec, "Windows | None"]:  # noqa: F821  # imports ray
     """What streams a dataset to each trial, where it is too large to be mapped."""
     found = {}
     for spec, store in stores.items():
         delivery = Delivery.choose(store)
         events.line(f"{spec.name}: {delivery.reason}")
-        found[spec] = delivery.windows(at_once=placement.at_once)
+        found[spec] = delivery.windows(at_once=placement.on_a_node, nodes=nodes)
     return found
 
 

@@ -9,21 +9,24 @@ import pickle
 import re
 import shutil
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 import cloudpickle
 
 from perturbray import plugin
-from perturbray.cluster import Cluster, connect
+from perturbray.cluster import Cluster, connect, settle
 from perturbray.course import Course, SearchError, reason
 from perturbray.data.dataset import Conditions, open_screen, target_sum
-from perturbray.engine import CHECKPOINT_SECONDS, ROUNDS, Checkpoints, Events, deliver, one_thread
+from perturbray.engine import ROUNDS, Events, deliver
 from perturbray.errors import InputError
+from perturbray.placement import Node, Placement, place
 from perturbray.plan import Plan
+from perturbray.process import CHECKPOINT_SECONDS, Checkpoints, node, one_thread, sees, trainable
 from perturbray.results import ledger, table
 from perturbray.search import Search, Tuned
 from perturbray.space import widen
@@ -49,39 +52,19 @@ class Setting:
     windows: "Windows | None"  # noqa: F821  # imports ray
     judge: "ray.ObjectRef"  # noqa: F821
     checkpoint_seconds: float
+    marker: Path | None = None  # made by this run: who does not see it does not see the folder
 
 
-@dataclass(frozen=True)
-class Room:
-    """What a trial of a search takes, and how many run at once."""
-
-    at_once: int
-    cpus: float
-    gpus: float
-    memory: int  # bytes; 0: not accounted for
-
-    @classmethod
-    def of(cls, search: Search, cluster: Cluster, memory: float) -> "Room":
-        """Raises InputError, in numbers, where a trial would wait for ever. ``memory``: bytes that the cluster lends."""
-        if cluster.cpus <= 0:
-            raise InputError("the cluster has 0 CPUs, and a trial needs a part of one: start Ray with --num-cpus")
-        gpus = search.gpus if cluster.gpus >= 1 else 0.0
-        most = int(cluster.gpus / gpus + 1e-9) if gpus else max(1, int(cluster.cpus))
-        need = int(search.trial_memory_gb * 2**30)
-        if need > memory:
-            raise InputError(
-                f"a trial may take {search.trial_memory_gb:g} GB, and the cluster lends {memory / 2**30:.1f} GB: lower "
-                "the memory limit of a trial"
-            )
-        if need:
-            most = min(most, int(memory // need))
-        at_once = max(1, min(search.at_once or most, most, search.samples))
-        cpus = min(1.0, int(100 * cluster.cpus / at_once) / 100)
-        return cls(at_once=at_once, cpus=cpus, gpus=gpus, memory=need)
-
-    def __str__(self) -> str:
-        gpu = f", {self.gpus:g} GPU" if self.gpus else ""
-        return f"{self.at_once} trial{'s' * (self.at_once > 1)} at once ({self.cpus:g} CPU{gpu} each)"
+def room(search: Search) -> Callable[[Sequence[Node]], Placement]:
+    """How nodes are divided between the trials of a search, which score themselves."""
+    return partial(
+        place,
+        trials=search.samples,
+        gpus=search.gpus,
+        memory=int(search.trial_memory_gb * 2**30),
+        most=search.at_once,
+        scoring=False,
+    )
 
 
 def tune(
@@ -89,18 +72,21 @@ def tune(
     folder: Path,
     *,
     address: str | None = None,
+    gpus: float | None = None,
     plugins: tuple[plugin.Plugin, ...] = (),
     events: Events | None = None,
     track: Iterable[str] = (),
 ) -> Sweep:
     """Run what remains of a sweep's searches; the sweep with trials of what they found. It has no search any more.
 
+    ``gpus``: of each trial, where there are any, instead of what a search says.
     Interrupted, or killed at any time, a search goes on where it was when called again. Raises SearchError where too many
     of its trials failed.
     """
     events, track = events or Events(), tuple(track)
     found: list[Trial] = []
     for search in sweep.searches:
+        search = search if gpus is None else replace(search, gpus=gpus)
         course, best = _search(sweep, search, folder, address, plugins, events, track)
         sides = course.borders()
         for path, side in sides.items():
@@ -148,8 +134,8 @@ def _search(
         facts = {"dataset": spec.name, "content": plan.contents[spec], "name": sweep.name}
         course = Course(search, folder / ledger.FOLDER, plan.contents[spec], facts=facts)
         if not course.over:
-            with connect(address) as cluster:
-                _run(course, plan, store, cluster, plugins, events, track, nodes=address is not None)
+            with connect(address, say=events.line) as cluster:
+                _run(course, plan, store, cluster, plugins, events, track)
     return course, course.close()
 
 
@@ -161,16 +147,16 @@ def _run(
     plugins: tuple[plugin.Plugin, ...],
     events: Events,
     track: tuple[str, ...],
-    *,
-    nodes: bool,
 ) -> None:
     """Share what trials need, and have Tune run them until the search is over."""
     import ray
 
     from perturbray.data import blocks
+    from perturbray.nodes import check_sight
 
     search = course.search
-    room = Room.of(search, cluster, float(ray.cluster_resources().get("memory", 0)))
+    cluster, placement = settle(cluster, room(search), say=events.line)
+    check_sight(plan.folder.resolve(), cluster.there)
     spec = search.base.dataset
     depth = None
     if not plan.normalisation(spec).log1p:
@@ -181,20 +167,27 @@ def _run(
         search=cloudpickle.dumps(search),
         plugins=plugins,
         conditions=plan.conditions[spec],
-        blocks=blocks.share(store, nodes=nodes or cluster.nodes > 1),
-        windows=deliver({spec: store}, room, events)[spec],
+        blocks=blocks.share(store, nodes=cluster.shared),
+        windows=deliver({spec: store}, placement, events, nodes=cluster.shared)[spec],
         judge=ray.put(judge),
         checkpoint_seconds=CHECKPOINT_SECONDS,
     )
     events.line(
-        f"search of {search.shown} ({search.way}): {len(course.records)} of {search.samples} trials known; {room}; minimises "
-        f"{search.objective.name} on {len(judge.truth)} validation conditions"
+        f"search of {search.shown} ({search.way}): {len(course.records)} of {search.samples} trials known; {placement}; "
+        f"minimises {search.objective.name} on {len(judge.truth)} validation conditions"
     )
     stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
     for number in range(ROUNDS):
         ended = len(course.records)
         try:
-            _fit(course, setting, room, plan.folder / "tune" / f"{course.folder.name}-{stamp}-{number}", events, track)
+            _fit(
+                course,
+                setting,
+                placement,
+                plan.folder / "tune" / f"{course.folder.name}-{stamp}-{number}",
+                events,
+                track,
+            )
         except RuntimeError as error:
             events.line(f"Ray Tune gave up ({error})")
         finally:
@@ -205,22 +198,22 @@ def _run(
 
 
 def _fit(
-    course: Course, setting: Setting, room: Room, tune_folder: Path, events: Events, track: tuple[str, ...]
+    course: Course, setting: Setting, placement: Placement, tune_folder: Path, events: Events, track: tuple[str, ...]
 ) -> None:
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # Ctrl-C reaches us as KeyboardInterrupt
     os.environ["TUNE_DISABLE_STRICT_METRIC_CHECKING"] = "1"  # an epoch at which nobody looked has no objective
     from ray import tune
 
     searcher, scheduler, callback = _adapters(course, _Lines(course, events))
-    resources = {"cpu": room.cpus, "gpu": room.gpus} | ({"memory": room.memory} if room.memory else {})
+    setting = replace(setting, marker=tune_folder.resolve())
     tuner = tune.Tuner(
-        tune.with_resources(tune.with_parameters(train, setting=setting), resources),
+        trainable(train, placement, name=f"trial {course.folder.name}", setting=setting),
         tune_config=tune.TuneConfig(
             search_alg=searcher,
             scheduler=scheduler,
             num_samples=-1,  # the course says when it is over
             reuse_actors=True,
-            max_concurrent_trials=room.at_once,
+            max_concurrent_trials=placement.at_once,
             trial_dirname_creator=lambda trial: trial.trial_id,
         ),
         run_config=tune.RunConfig(
@@ -295,8 +288,8 @@ def _adapters(course: Course, lines: "_Lines") -> tuple:
 
         def _remove(self, trial):
             """Its checkpoints, which serve restarts alone: of many large networks they would fill a disk."""
-            for place in Path(trial.storage.trial_fs_path).glob("checkpoint_*"):
-                shutil.rmtree(place, ignore_errors=True)
+            for stored in Path(trial.storage.trial_fs_path).glob("checkpoint_*"):
+                shutil.rmtree(stored, ignore_errors=True)
 
     return Proposals(), Halt(), Clean()
 
@@ -338,9 +331,14 @@ def train(config: dict, *, setting: Setting) -> None:
     import ray
     from ray import tune
 
+    if not sees(setting.marker):
+        _, name = node().split(" ", 1)
+        tune.report({"failed": f"node {name} joined and does not see {setting.marker}: mount its folder there"})
+        return
     plugin.install(setting.plugins)
     search: Search = pickle.loads(setting.search)
-    checkpoints = Checkpoints(tune, seconds=setting.checkpoint_seconds)
+    title = f"trial search of {search.shown} {tune.get_context().get_trial_name()}"
+    checkpoints = Checkpoints(tune, title=title, seconds=setting.checkpoint_seconds)
     try:
         with one_thread(), _memory(search.trial_memory_gb):
             judge: Judge = ray.get(setting.judge)

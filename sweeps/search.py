@@ -27,7 +27,6 @@ OPTIONS = {
     "every": (1, "epochs between two looks at the validation conditions"),
     "seconds": (0.0, "for the search; 0: no limit"),
     "at_once": (0, "trials at the same time; 0: as many as there is room for"),
-    "gpus": (1.0, "of a trial, where there are GPUs; a fraction shares one"),
     "trial_seconds": (0.0, "for a trial; 0: no limit"),
     "trial_memory": (0.0, "GB that a trial may take beside the data; 0: no limit"),
     "max_failed": (10, "failed trials after which the search ends"),

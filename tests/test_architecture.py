@@ -35,8 +35,9 @@ CHAINS = (
     ("errors", "results", "engine"),
     ("errors", "synthetic", "engine"),
     ("errors", "space", "models"),
-    ("cluster", "engine"),
     ("errors", "clusterfile", "cli"),
+    ("errors", "placement", "nodes", "cluster", "engine"),
+    ("trial", "process", "engine"),
 )
 STRANGERS = {  # beside the chains: what a part must not know at all
     "metrics": {"models", "data", "training", "trial", "engine", "cli"},
@@ -45,6 +46,8 @@ STRANGERS = {  # beside the chains: what a part must not know at all
     "prediction": {"models", "data", "training", "torch", "ray", "anndata"},
     "cluster": {"models", "data", "training"},
     "clusterfile": {"models", "data", "training", "metrics", "results", "trial", "sweep", "engine", "cluster", "torch"},
+    "nodes": {"models", "data", "training"},
+    "placement": {"models", "data", "training", "ray"},
 }
 RAY_MODULES = {
     "engine",
@@ -54,6 +57,8 @@ RAY_MODULES = {
     "data.windows",
     "metrics.pool",
     "embeddings.run",
+    "nodes",
+    "process",
     "tuning",
     "clusterfile.launcher",  # asks Ray's launcher what it says of a cluster file
 }

@@ -10,7 +10,7 @@ import perturbray as pr
 from perturbray.counterfactual.cells import effects
 from perturbray.counterfactual.controls import Controls
 from perturbray.data import store
-from perturbray.engine import _keep as store_model
+from perturbray.process import keep as store_model
 from perturbray.training.fitted import Fitted
 from perturbray.trial import run
 

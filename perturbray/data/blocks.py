@@ -4,7 +4,9 @@ A node that joins a running sweep may be the first that does not see the folder,
 when somebody asks for them, once, and stay there for all trials of all such nodes.
 """
 
+import uuid
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import ray
@@ -13,6 +15,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from perturbray.data.batches import Cells
 from perturbray.data.store import Store
 from perturbray.errors import InputError
+from perturbray.nodes import ask, here, there
+from perturbray.placement import homes
 
 
 @dataclass(frozen=True)
@@ -58,11 +62,11 @@ def share(store: Store, *, nodes: bool) -> Blocks:
     """
     if not nodes:
         return Blocks(store=store, keeper=None)
-    blind = [node for node, sees in _sight(store).items() if not sees]
+    blind = [node for node, sees in seeing(store).items() if not sees]
     if blind:
         check_room(store, blind)
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    return Blocks(store=store, keeper=Keeper.options(scheduling_strategy=here).remote(store))
+    pinned = NodeAffinitySchedulingStrategy(here(), soft=False)
+    return Blocks(store=store, keeper=Keeper.options(scheduling_strategy=pinned, name=_named(store)).remote(store))
 
 
 def check_room(store: Store, nodes: list[str]) -> None:
@@ -77,21 +81,21 @@ def check_room(store: Store, nodes: list[str]) -> None:
             )
 
 
-def _sight(store: Store) -> dict[str, bool]:
+def _named(store: Store) -> str:
+    """For the dashboard; apart from each other, since sweeps of one cluster may share a screen."""
+    return f"rows of {Path(store.folder).name} {uuid.uuid4().hex[:8]}"
+
+
+def seeing(store: Store) -> dict[str, bool]:
     """Whether each node sees the store's folder; one that does not answer counts as blind."""
-    asked = {
-        node["NodeID"]: _sees.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False))
-        for node in ray.nodes()
-        if node["Alive"]
-    }
-    answers = {node: task.remote(store) for node, task in asked.items()}
-    found = {}
-    for node, answer in answers.items():
-        try:
-            found[node] = ray.get(answer, timeout=60)
-        except (ray.exceptions.RayError, TimeoutError):
-            found[node] = False
-    return found
+    return {node: answer is True for node, answer in ask(_sees, store, nodes=[node.id for node in there()]).items()}
+
+
+def readers(store: Store) -> tuple[str, ...]:
+    """The nodes that read windows for trials: of those that see the store, the ones without a GPU where there are any;
+    this one, where no other that works does."""
+    sees = seeing(store)
+    return tuple(node.id for node in homes([node for node in there() if sees.get(node.id)])) or (here(),)
 
 
 @ray.remote(num_cpus=0, max_retries=0)

@@ -49,13 +49,15 @@ class Delivery:
     def cells(self) -> Cells:
         return self.store.cells()
 
-    def windows(self, *, at_once: int = 1) -> "Windows | None":  # noqa: F821  # imports ray
-        """What streams the rows, if they are streamed, to this many trials at once."""
+    def windows(self, *, at_once: int = 1, nodes: bool = False) -> "Windows | None":  # noqa: F821  # imports ray
+        """What streams the rows, if they are streamed, to this many trials of a node at once. ``nodes``: read by those of
+        the cluster where reading belongs."""
         if not self.streaming:
             return None
         from perturbray.data.windows import Windows
 
-        return Windows(self.store, memory_mb=_megabytes("PERTURBRAY_STREAM_MB"), at_once=at_once)
+        windows = Windows(self.store, memory_mb=_megabytes("PERTURBRAY_STREAM_MB"), at_once=at_once)
+        return windows.placed() if nodes else windows
 
 
 def load(

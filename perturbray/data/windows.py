@@ -9,7 +9,7 @@ import logging
 import math
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import pairwise
 
@@ -24,6 +24,7 @@ from perturbray.data import gather
 from perturbray.data.rows import Rows, index_type
 from perturbray.data.store import Store
 from perturbray.errors import InputError
+from perturbray.nodes import here, only
 
 READERS = 2  # read tasks at once
 COMPILED = 20_000_000  # stored values from which on a reader loads compiled loops, which takes it 0.4 s
@@ -92,7 +93,15 @@ class Windows:
 
     store: Store
     memory_mb: float = 0.0  # 0: 500 MB, or this trial's part of half of the object store where that is less
-    at_once: int = 1  # trials that share the object store
+    at_once: int = 1  # trials that share the object store of a node
+    readers: tuple[str, ...] = ()  # ids of the nodes that read; (): any
+    driver: str = ""  # the node that reads where they are gone: it has the store
+
+    def placed(self) -> "Windows":
+        """Read where reading belongs, of the nodes that see the store."""
+        from perturbray.data.blocks import readers
+
+        return replace(self, readers=readers(self.store), driver=here())
 
     def read(self, rows: np.ndarray, cuts: np.ndarray) -> Iterator[tuple[int, int, Rows]]:
         """Batches from one number to another and their rows, window after window, in the order of the plan."""
@@ -111,7 +120,7 @@ class Windows:
             )
         step = max(1, int(self._window_mb * 1e6 / row_bytes(self.store)))
         parts = [rows[start : start + step] for start in range(0, len(rows), step)]
-        return [_copied(found) for found in self._stream(parts)] if parts else [_copied(_shards(self.store)[0][0], 0)]
+        return [_copied(found) for found in self._stream(parts)] if parts else [_none(self.store.genes)]
 
     def edges(self, cuts: np.ndarray) -> list[int]:
         """(windows + 1,) numbers of batches: as many whole batches a window as memory allows."""
@@ -134,8 +143,17 @@ class Windows:
         if self.memory_mb:
             return self.memory_mb
         start_ray()
-        room = ray.cluster_resources().get("object_store_memory", 1e12) / 1e6
+        lends = next((node["Resources"] for node in ray.nodes() if node["NodeID"] == here()), {})
+        room = lends.get("object_store_memory", 1e12) / 1e6
         return min(MEMORY_MB, room / 2 / self.at_once)
+
+    @property
+    def _places(self) -> dict:
+        """Where read tasks run, as options of Ray's."""
+        if not self.readers:
+            return {}
+        last = {"label_selector": only([self.driver])}
+        return {"label_selector": only(self.readers), "fallback_strategy": [last]}
 
     @property
     def _window_mb(self) -> float:
@@ -157,6 +175,7 @@ class Windows:
                 override_num_blocks=len(parts),
                 concurrency=min(READERS, len(parts)),
                 num_cpus=0,
+                ray_remote_args=self._places,
             )
             blocks = iter(windows.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=AHEAD))
         try:
@@ -194,7 +213,9 @@ def _rows(block: pa.Table, genes: int) -> Rows:
     return Rows(indptr - low, flat[0].astype(index_type(genes), copy=False), flat[1], genes)
 
 
-def _copied(rows: Rows, count: int | None = None) -> Rows:
-    end = rows.indptr[len(rows) if count is None else count]
-    indptr = rows.indptr[: None if count is None else count + 1]
-    return Rows(indptr.copy(), rows.indices[:end].copy(), rows.values[:end].copy(), rows.genes)
+def _copied(rows: Rows) -> Rows:
+    return Rows(rows.indptr.copy(), rows.indices.copy(), rows.values.copy(), rows.genes)
+
+
+def _none(genes: int) -> Rows:
+    return Rows(np.zeros(1, np.int64), np.empty(0, index_type(genes)), np.empty(0, np.float32), genes)

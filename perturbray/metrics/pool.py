@@ -90,7 +90,7 @@ class NoScorerError(RuntimeError):
 class Pool:
     """Scorers by number. Pickles to their handles, so that trials hold it."""
 
-    def __init__(self, actors: Sequence[Any], make: Callable[[], Any] | None = None) -> None:
+    def __init__(self, actors: Sequence[Any], make: Callable[[int], Any] | None = None) -> None:
         self.actors = list(actors)
         self._make = make
 
@@ -99,12 +99,19 @@ class Pool:
 
     @classmethod
     def start(
-        cls, work: Callable[..., None], *common: ray.ObjectRef, actors: int, cpus: float, waiting: int = WAITING
+        cls,
+        work: Callable[..., None],
+        *common: ray.ObjectRef,
+        actors: int,
+        cpus: float,
+        waiting: int = WAITING,
+        home: Callable[[int], dict] = lambda number: {},
     ) -> "Pool":
         """Start the actors and wait for them: before the trials, or Tune's placement groups would capture them.
 
         ``work(item, *common)`` is done for each item; ``common`` lies in the object store, once for all actors.
-        ``waiting``: items that an actor takes before it has worked on the first.
+        ``waiting``: items that an actor takes before it has worked on the first. ``home``: Ray's options that say where the
+        actor of a number belongs, asked for whenever one is made.
         """
         options = {"num_cpus": cpus, "runtime_env": {"env_vars": {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}}}
 
@@ -112,11 +119,12 @@ class Pool:
         # might be gone by then. These stay, pinned by being pickled, as long as the caller's Ray.
         references = ray.cloudpickle.dumps(list(common))
 
-        def make() -> Any:
+        def make(number: int) -> Any:
             # Named for the dashboard; apart from each other, since a name stays taken for a moment after a kill.
-            return Scorer.options(name=f"scorer-{uuid.uuid4().hex[:8]}", **options).remote(work, references, waiting)
+            name = f"scorer-{number}-{uuid.uuid4().hex[:8]}"
+            return Scorer.options(name=name, **options, **home(number)).remote(work, references, waiting)
 
-        pool = cls([make() for _ in range(actors)], make)
+        pool = cls([make(number) for number in range(actors)], make)
         ray.get([actor.drain.remote() for actor in pool.actors])
         return pool
 
@@ -152,7 +160,7 @@ class Pool:
             try:
                 ray.get(actor.drain.remote())
             except RayActorError:
-                self.actors[i] = self._make()
+                self.actors[i] = self._make(i)
 
     def stop(self) -> None:
         """End the actors."""

@@ -112,7 +112,7 @@ def trial_processes() -> list[int]:
         if place.name.isdigit():
             try:
                 parents[int(place.name)] = int((place / "stat").read_text().rpartition(")")[2].split()[1])
-                if b"ImplicitFunc" in (place / "cmdline").read_bytes():
+                if b"ray::trial " in (place / "cmdline").read_bytes():
                     trials.append(int(place.name))
             except OSError:
                 continue

@@ -30,6 +30,7 @@ FROZEN = {
     "--plugin",
     "--results",
     "--address",
+    "--gpus-per-trial",
     "--keep-models",
     "--smoke",
     "--dry-run",

@@ -14,6 +14,7 @@ from perturbray import tuning
 from perturbray.course import Course, SearchError
 from perturbray.data.store import ingest
 from perturbray.errors import InputError
+from perturbray.placement import Node
 from perturbray.plan import Plan
 from perturbray.results import ledger, table
 from perturbray.search import Halving, Search, Tuned
@@ -196,13 +197,13 @@ def test_an_unknown_tracker_is_refused():
 
 
 def test_room_is_shared_by_fractions_of_a_gpu():
-    from perturbray.cluster import Cluster
-
-    cluster = Cluster(cpus=16, gpus=2, nodes=1, dashboard="", token="")
+    nodes = [Node(name="one", cpus=16, gpus=2, memory=64 * 2**30)]
     asked = search(Path("x"), gpus=0.25, at_once=0, samples=60, halving=Halving())
-    assert tuning.Room.of(asked, cluster, 2**40) == tuning.Room(at_once=8, cpus=1.0, gpus=0.25, memory=0)
+    found = tuning.room(asked)(nodes)
+    assert (found.at_once, found.trial_cpus, found.trial_gpus, found.scorers) == (8, 1.0, 0.25, 0)
     limited = search(Path("x"), gpus=0.25, at_once=0, samples=60, trial_memory_gb=16)
-    assert tuning.Room.of(limited, cluster, 64 * 2**30).at_once == 4
+    assert tuning.room(limited)(nodes).at_once == 4
+    assert tuning.room(search(Path("x"), at_once=1, samples=60))(nodes).at_once == 1
 
 
 def test_mlflow_records_every_trial_with_its_values_and_its_objective(ray_session, small_screen, tmp_path, monkeypatch):

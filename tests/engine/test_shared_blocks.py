@@ -173,7 +173,7 @@ PEAK = """
         total = 0
         for number in workers():
             try:
-                if "ray::ImplicitFunc" in Path(f"/proc/{number}/cmdline").read_text():
+                if "ray::trial " in Path(f"/proc/{number}/cmdline").read_text():
                     total += int(re.search(r"Pss:\\s+(\\d+)", Path(f"/proc/{number}/smaps_rollup").read_text())[1])
             except (OSError, TypeError):
                 continue

@@ -11,11 +11,11 @@ from opens import Opens
 from pandas.testing import assert_frame_equal
 
 import perturbray as pr
-from perturbray import engine
-from perturbray.cluster import Placement
+from perturbray import engine, process
 from perturbray.data import store
 from perturbray.data.splits import TEST
 from perturbray.metrics.metric import Metric
+from perturbray.placement import Placement
 from perturbray.plan import Plan
 from perturbray.results import table
 from perturbray.results.summary import summarise
@@ -115,7 +115,7 @@ def test_a_sweep_gives_the_numbers_of_its_trials_run_without_ray(finished):
     key, trial = next((k, t) for k, t in plan.trials.items() if isinstance(t.model, pr.LatentAdditive))
     conditions = plan.conditions[trial.dataset]
     cells = store.ingest(trial.dataset, conditions).cells()
-    with engine.one_thread():
+    with process.one_thread():
         outcome = run_here(trial, cells, conditions)
     values, _ = small.METRICS[0].evaluate(outcome.prediction)
     found = table.read(folder, keys=[key])

@@ -1,0 +1,220 @@
+"""A trial's process: what it is given, how it trains, reports, and says what it is at. It leaves no state behind."""
+
+import os
+import pickle
+import socket
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from perturbray import plugin, scoring
+from perturbray.data.dataset import Conditions, DatasetSpec
+from perturbray.data.truth import CELLS_SEED
+from perturbray.models.base import MODELS
+from perturbray.placement import Placement
+from perturbray.results import table
+from perturbray.results.anchors import MEAN_RESPONSE
+from perturbray.trial import Outcome, Trial, run
+
+CHECKPOINT_SECONDS = 30.0  # between two checkpoints of a trial
+SETTLE_SECONDS = 5.0  # in which a network file system shows to one node what another has written
+BLIND = "blind"  # what a trial reports in the place of a result, where its node does not see the sweep's folder
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shared:
+    """What every trial of a sweep is given: once in the object store, whatever the number of trials."""
+
+    folder: Path
+    sweep: str  # its name
+    marker: Path  # a folder made by this round: who does not see it does not see the results
+    plugins: tuple[plugin.Plugin, ...]
+    trials: bytes  # pickled {key: Trial}; opened once the plugins that define the specs are installed
+    conditions: dict[DatasetSpec, Conditions]
+    blocks: dict[DatasetSpec, "Blocks"]  # noqa: F821  # imports ray
+    windows: dict[DatasetSpec, "Windows | None"]  # noqa: F821  # imports ray; None: cells are mapped and not streamed
+    truths: "ray.ObjectRef"  # noqa: F821  # {digest: Truth}
+    truth_of: dict[str, str]  # the truth of each trial, by key
+    cells: int  # predicted cells of a condition that are handed to the scorers; 0: none
+    score: Callable  # (item, truths), for a trial that scores itself
+    pool: "Pool | None"  # noqa: F821  # imports ray
+    order: dict[str, int]
+    columns: dict[str, str]
+    models: dict[str, Path]  # where to store fitted models, by key; empty: nowhere
+    depths: dict[DatasetSpec, float | None]  # counts to which cells were scaled; None: they came log-normalised
+
+
+def trainable(function: Callable, placement: Placement, *, name: str, avoid: Iterable[str] = (), **given: Any) -> type:
+    """A function for Tune, with what it is given, what it takes of a node, and the nodes that it avoids. The dashboard calls
+    its actors by the name, and not all of them ImplicitFunc."""
+    from ray import tune
+    from ray.tune.trainable import wrap_function
+
+    from perturbray.nodes import but
+
+    where = {"bundle_label_selector": [but(avoid)]} if avoid else {}
+    resources = tune.PlacementGroupFactory([placement.resources], **where)
+    made = tune.with_resources(wrap_function(tune.with_parameters(function, **given), name=name), resources)
+    made.__name__ = made.__qualname__ = name
+    return made
+
+
+def train(config: dict, *, shared: Shared) -> None:
+    """Tune's trainable: one trial, from mapped rows to a prediction in a scorer's queue. Leaves no state in its process."""
+    import ray
+    from ray import tune
+
+    from perturbray.metrics.pool import NoScorerError, keep_here
+
+    key, started = config["key"], scoring.now()
+    if not sees(shared.marker):  # not the trial's fault: it is run again on another node
+        tune.report({"failed": 1, BLIND: node()})
+        return
+    plugin.install(shared.plugins)
+    trial: Trial = pickle.loads(shared.trials)[key]
+    try:
+        with one_thread():
+            checkpoints = Checkpoints(tune, title=f"trial {shared.sweep} {trial.name} {key}")
+            cells = shared.blocks[trial.dataset].cells()
+            conditions = shared.conditions[trial.dataset]
+            truths = ray.get(shared.truths)
+            truth, pool, turn = shared.truth_of[key], shared.pool, shared.order[key]
+            outcome = run(
+                trial,
+                cells,
+                conditions,
+                truth=truths[truth],
+                sample=shared.cells,
+                keep=keep_here if pool is None else partial(pool.keep, key, turn=turn),
+                report=checkpoints.report,
+                state=checkpoints.restore(),
+                windows=shared.windows[trial.dataset],
+            )
+        if key in shared.models:  # before the result, which says that the trial is finished
+            keep(outcome, trial, conditions, shared.depths[trial.dataset], shared.models[key])
+        scorable = scoring.Scorable(
+            key=key,
+            name=trial.name,
+            columns={**trial.columns(), **outcome.columns, "cells_cap": shared.cells, "cells_seed": CELLS_SEED},
+            truth=truth,
+            predicted=outcome.predicted,
+            stratum=outcome.stratum,
+            baseline=type(trial.model) is MODELS[MEAN_RESPONSE],
+        )
+        scorable.columns.update(shared.columns, started=started, trained=scoring.now(), host=socket.gethostname())
+        if pool is None:
+            shared.score(scorable, truths)
+        else:
+            pool.submit(key, scorable, turn=turn)
+    except NoScorerError:  # not the trial's fault: without a result and without a record, it is run again
+        tune.report({"failed": 1})
+        return
+    except Exception as error:
+        # Recorded here and not raised: Tune would run it again, and an error of the trial itself would come again.
+        table.write_failure(shared.folder, key, name=trial.name, error=error)
+        tune.report({"failed": 1})
+        return
+    checkpoints.finish(outcome)
+
+
+def keep(outcome: Outcome, trial: Trial, conditions: Conditions, depth: float | None, place: Path) -> None:
+    """Store a fitted model."""
+    from perturbray.training.fitted import Fitted
+
+    fitted = Fitted(
+        spec=trial.model,
+        state=outcome.model.state_dict(),
+        conditions=conditions,
+        subset=outcome.split.condition,
+        train_cells=outcome.vocabulary.train_cells,
+        embedding_width=outcome.vocabulary.embedding_width,
+        roles={name: getattr(trial.dataset, name) for name in ("perturbation", "delimiter", "layer")},
+        depth=depth,
+        seed=trial.seed,
+        name=trial.name,
+    )
+    fitted.save(place)
+
+
+class Checkpoints:
+    """Reports epochs to Tune, with a checkpoint now and then and one of the fitted model at the end."""
+
+    def __init__(self, tune, *, title: str, seconds: float = CHECKPOINT_SECONDS) -> None:
+        self.tune, self.title, self.seconds = tune, title, seconds
+        self.last = time.monotonic()
+        show(title)
+
+    def restore(self) -> dict | None:
+        """The state to go on from, if this trial's process died before."""
+        from perturbray.training import checkpoint
+
+        stored = self.tune.get_checkpoint()
+        if stored is None:
+            return None
+        with stored.as_directory() as folder:
+            return checkpoint.load(folder)
+
+    def report(self, values: dict[str, float], snapshot: Callable[[], dict]) -> None:
+        if time.monotonic() - self.last < self.seconds:
+            self.tune.report(values)
+            show(self.title)
+            return
+        self._report(values, snapshot())
+        self.last = time.monotonic()
+
+    def finish(self, outcome: Outcome) -> None:
+        values = {"failed": 0, "epochs": outcome.fit.epochs, "best_loss": outcome.fit.best_loss}
+        self._report(values, {"fitted": outcome.model.state_dict()})
+
+    def _report(self, values: dict, state: dict) -> None:
+        import tempfile
+
+        from perturbray.training import checkpoint
+
+        with tempfile.TemporaryDirectory() as folder:
+            checkpoint.save(folder, state)
+            self.tune.report(values, checkpoint=self.tune.Checkpoint.from_directory(folder))
+        show(self.title)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """One thread a CPU process, so that two trials on two cores do not fight; on a GPU the host's share is small too."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def sees(place: Path, *, seconds: float = SETTLE_SECONDS) -> bool:
+    """Whether this node sees what another has just made."""
+    end = time.monotonic() + seconds
+    while not place.exists():
+        if time.monotonic() > end:
+            return False
+        with suppress(OSError):
+            os.listdir(place.parent)  # a network file system then looks again
+        time.sleep(0.2)
+    return True
+
+
+def node() -> str:
+    """This node, as an id and a name."""
+    import ray
+
+    return f"{ray.get_runtime_context().get_node_id()} {socket.gethostname()}"
+
+
+def show(title: str) -> None:
+    """Name this process, as `ps`, `top` and the dashboard's list of a node's processes have it, until Ray's next call."""
+    import ray
+
+    ray._raylet.setproctitle(f"ray::{title}")

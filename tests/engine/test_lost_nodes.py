@@ -1,0 +1,73 @@
+"""Nodes that vanish while a sweep runs, and nodes that join and see nothing: the table is the one of one machine."""
+
+import pytest
+import small
+from nodes import DRIVER, can_hide, cluster, noted, notes, noting
+from pandas.testing import assert_frame_equal
+
+from perturbray.results import table
+
+pytestmark = pytest.mark.slow
+
+SEEDS = 5
+
+
+@pytest.fixture(scope="module")
+def alone(ray_session, small_screen, tmp_path_factory):
+    """The table of one machine."""
+    folder = tmp_path_factory.mktemp("alone")
+    small.run(noted_by(small_screen, folder), folder / "out", plugins=[small.plugin(noting(folder), "noting")])
+    return small.stable(folder / "out")
+
+
+def noted_by(screen, folder):
+    small.plugin(noting(folder), "noting")
+    return noted(screen, SEEDS)
+
+
+@pytest.fixture
+def begin(small_screen, tmp_path):
+    """Starts the sweep on a cluster, and returns once some trials are finished."""
+
+    def start(found, *, finished: int, seconds: float):
+        (tmp_path / "noting.py").write_text(noting(tmp_path, seconds=seconds))
+        driver = found.start(DRIVER, small_screen, tmp_path / "out", tmp_path / "noting.py", 1, SEEDS)
+        driver.until(lambda: len(table.finished(tmp_path / "out")) >= finished)
+        return driver
+
+    return start
+
+
+def test_a_sweep_outlives_the_nodes_of_its_scorers_and_of_its_trials(begin, alone, tmp_path):
+    def done() -> int:
+        return len(table.finished(tmp_path / "out"))
+
+    with cluster() as found:
+        found.add("scorers", cpus=2)
+        found.add("first", cpus=2, gpus=1)
+        driver = begin(found, finished=1, seconds=4.0)
+        found.kill("scorers")
+        found.add("second", cpus=2, gpus=1)
+        before = done()
+        driver.until(lambda: done() > before)
+        found.kill("first")
+        driver.finish()
+    homes = {what: {note["node"] for note in notes(tmp_path) if note["what"] == what} for what in ("trial", "scorer")}
+    assert len(homes["trial"]) == 2
+    assert len(homes["scorer"]) >= 2, "the scorer never moved, and nothing was tested"
+    assert not table.failed(tmp_path / "out")
+    assert_frame_equal(small.stable(tmp_path / "out"), alone, check_exact=True)
+
+
+def test_trials_avoid_a_node_that_joined_and_does_not_see_the_results(begin, alone, tmp_path):
+    if not can_hide():
+        pytest.skip("this user may not mount: nodes cannot be made blind")
+    (tmp_path / "out").mkdir()
+    with cluster() as found:
+        found.add("seeing", cpus=3, gpus=1)
+        driver = begin(found, finished=1, seconds=10.0)  # so long that a process may start there meanwhile
+        found.add("blind", cpus=2, gpus=1, hidden=[tmp_path / "out"])
+        lines = driver.finish()
+    assert [line for line in lines if f"joined and does not see {tmp_path / 'out'}: mount it there" in line], lines
+    assert not table.failed(tmp_path / "out")
+    assert_frame_equal(small.stable(tmp_path / "out"), alone, check_exact=True)
