@@ -139,9 +139,10 @@ def chosen(address: str | None) -> tuple[str | None, str]:
     A job uses the cluster that it was submitted to. Raises InputError for an address at which no sweep can run.
     """
     variable = os.environ.get("RAY_ADDRESS", "")
+    if address is None and in_job():
+        used = f" ({variable})" if variable else ""
+        return variable or "auto", f"this job runs on the cluster that it was submitted to{used}"
     if address is None and variable:
-        if JOB in os.environ:
-            return variable, f"this job runs on the cluster that it was submitted to, {variable}"
         if "://" in variable:
             return None, (
                 f"RAY_ADDRESS={variable} is where `ray job submit` hands a job over; this sweep runs on this machine alone"

@@ -64,11 +64,12 @@ class Cluster:
         if hidden:
             mounts = " && ".join(f"mount -t tmpfs none '{folder}'" for folder in hidden)
             words = ["unshare", "--mount", "sh", "-c", f'{mounts} && exec "$@"', "sh", *words]
+        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])  # as where this is activated
         log = open(self.folder / f"{name}.log", "w")  # noqa: SIM115  # the process keeps it
         with log:
             self.nodes[name] = subprocess.Popen(
                 words,
-                env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), **environment},
+                env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "PATH": path, **environment},
                 stdout=log,
                 stderr=log,
                 start_new_session=True,

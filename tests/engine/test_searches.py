@@ -176,7 +176,7 @@ def test_a_dry_run_says_what_is_known_and_writes_nothing(small_screen, tmp_path)
 
 
 def test_a_search_asks_for_no_more_than_there_is(ray_session, small_screen, tmp_path):
-    with pytest.raises(InputError, match=r"may take 9e\+06 GB, and the cluster lends"):
+    with pytest.raises(InputError, match=r"may take 9e\+06 GB, and the largest node lends"):
         tuning.tune(sweep(search(small_screen, trial_memory_gb=9e6)), tmp_path / "out")
 
 
