@@ -20,7 +20,8 @@ from perturbray.watch.state import (
     State,
 )
 
-SHOWN = 40  # running trials, and failed ones, in rows; the others are counted
+SHOWN = 40  # running trials in rows; the others are counted
+FAILURES = 10  # failed trials with their reason; the others are counted
 NONE = "–"
 WIDTH, HEIGHT = 168, 34  # of a small learning curve
 
@@ -37,7 +38,7 @@ h1 { margin-bottom: .5rem; }
   overflow: hidden; margin: 0 0 .9rem; }
 .bar i { flex: 0 0 auto; min-width: 3px; } .bar .done { background: var(--accent); } .bar .failed { background: var(--bad); }
 .bar .running { background: repeating-linear-gradient(135deg, var(--good) 0 4px, transparent 4px 8px); }
-.facts { display: grid; grid-template-columns: repeat(auto-fit, minmax(8.4rem, 1fr)); gap: .7rem 1.2rem; margin: 0;
+.facts { display: grid; grid-template-columns: repeat(4, 1fr); gap: .8rem 1.2rem; margin: 0;
   max-width: none; font-size: 1rem; }
 .facts div { border-left: 3px solid var(--line); padding-left: .65rem; }
 .facts .done { border-color: var(--accent); } .facts .failed { border-color: var(--bad); color: inherit; }
@@ -53,7 +54,7 @@ h1 { margin-bottom: .5rem; }
 .spark path.train { stroke: var(--soft); stroke-width: 1; stroke-dasharray: 3 2; }
 .spark circle { fill: var(--accent); }
 .gone { background: var(--wash); border-left: 4px solid var(--bad); padding: .5rem .8rem; margin: 0 0 1rem; }
-#said { white-space: pre-wrap; }
+@media (max-width: 40rem) { .facts { grid-template-columns: repeat(2, 1fr); } .runs { min-width: 44rem; } }
 [hidden] { display: none; }
 """
 
@@ -135,7 +136,7 @@ _PARTS = {
 {% if row.curve %}<p class="soft">Its loss by epoch: {{ row.curve }}</p>{% endif %}
 <pre tabindex="0">{{ row.traceback or "no traceback was recorded" }}</pre></details>
 {% endfor %}
-{% if more %}<p class="soft">And {{ more }} more.</p>{% endif %}
+{% if more %}<p class="soft">And {{ more }} more, each in its .failed.json.</p>{% endif %}
 {% endif %}
 """,
     "board": """\
@@ -342,7 +343,7 @@ def _row(one: Active) -> dict:
         if one.epochs and one.epoch
         else count,
         "curve": "being scored" if run.stopped else spark(run.points),
-        "loss": f"{losses[-1]:.4g}" if losses else NONE,
+        "loss": f"{losses[-1]:#.4g}" if losses else NONE,
         "seconds": clock(one.seconds),
         "cells": NONE if cells is None else amount(cells),
         "memory": NONE if run.memory_mb is None else megabytes(run.memory_mb),
@@ -351,8 +352,8 @@ def _row(one: Active) -> dict:
 
 
 def _failures(state: State) -> dict:
-    rows = [{**vars(one), "curve": spark(one.points)} for one in state.failures[:SHOWN]]
-    return {"rows": rows, "more": max(state.failed - SHOWN, 0)}
+    rows = [{**vars(one), "curve": spark(one.points)} for one in state.failures[:FAILURES]]
+    return {"rows": rows, "more": max(state.failed - FAILURES, 0)}
 
 
 def _board(state: State, drawing: Drawing) -> dict:
@@ -387,12 +388,15 @@ def spark(points: Sequence[Point]) -> Markup | str:
     values = [value for point in points for value in point[1:] if value is not None]
     if not values:
         return ""
-    low, high = min(values), max(values)
+    settled = [
+        value for at, point in enumerate(points) for value in point[1 + (at == 0) :] if value is not None
+    ] or values
+    low, high = min(settled), max(settled)  # the first training loss would take all the room
     first, last = points[0][0], points[-1][0]
 
     def place(epoch: int, value: float) -> tuple[float, float]:
         x = (epoch - first) / max(last - first, 1) * WIDTH
-        return round(x, 1), round(HEIGHT - (value - low) / max(high - low, 1e-12) * HEIGHT, 1)
+        return round(x, 1), round(HEIGHT - (min(value, high) - low) / max(high - low, 1e-12) * HEIGHT, 1)
 
     lines = []
     for column, kind in ((1, "train"), (2, "watched")):
