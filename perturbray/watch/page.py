@@ -367,7 +367,9 @@ def _board(state: State, drawing: Drawing) -> dict:
 
 def _so_far(state: State, drawing: Drawing) -> str:
     planned = len(state.plan.get("trials", ()))
-    return f" so far, {drawing.trials:,} of {planned:,} trials" if drawing.trials < planned else ""
+    if drawing.trials == planned:
+        return ""
+    return f"{' so far' if state.queued or state.running else ''}, {drawing.trials:,} of {planned:,} trials"
 
 
 def _where(state: State, folder: str) -> list[tuple[str, str]]:

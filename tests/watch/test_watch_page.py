@@ -74,6 +74,13 @@ def test_the_leaderboard_and_the_figures_are_those_of_the_report(half):
     assert "<svg" in found["curves"]
 
 
+def test_so_far_is_said_of_a_sweep_that_goes_on_alone(tmp_path):
+    fake_sweep(tmp_path, failing=2, levels=(0.0,), seeds=1)
+    state = Folder(tmp_path).look()
+    title = text(page.fragments(state, draw(table.Reader(tmp_path), state), "")["board"])
+    assert title.startswith("Leaderboard, 6 of 8 trials")
+
+
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
