@@ -19,7 +19,7 @@ from perturbray.results.summary import summarise
 from perturbray.watch.state import RUNNING, State
 
 SECONDS = 4.0  # between two drawings, at least
-SHARE = 0.2  # of the time that drawing may take
+SHARE = 0.3  # of the time that drawing may take
 QUICK = 200  # bootstrap samples while a sweep runs
 
 
