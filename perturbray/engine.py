@@ -1,10 +1,12 @@
 """The engine: runs a sweep on Tune. Finished work is known by key and never repeated; one failure stops nothing else."""
 
 import os
+from collections.abc import Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import cloudpickle
 import numpy as np
@@ -16,14 +18,13 @@ from perturbray.data.loading import Delivery
 from perturbray.data.splits import TRAIN
 from perturbray.data.store import Store
 from perturbray.data.truth import digest, observe
-from perturbray.errors import InputError
 from perturbray.events import Events
 from perturbray.metrics.cell_metrics import COMPONENTS
 from perturbray.metrics.distribution import fit_pca
 from perturbray.placement import SCORER_CPUS, Placement, place
 from perturbray.plan import Plan, reference, task_of, versions
 from perturbray.prediction import Truth
-from perturbray.process import BLIND, Shared, train, trainable
+from perturbray.process import BLIND, LOST, Shared, train, trainable
 from perturbray.randomness import generator
 from perturbray.recorder import recording
 from perturbray.results import table
@@ -65,7 +66,7 @@ def run_sweep(
         if wanted:
             try:
                 _run(plan, wanted, stores, address=address, gpus=gpus, plugins=plugins, events=events)
-            except InputError:  # of the cluster: nothing ran
+            except BaseException:  # also Ctrl-C while nodes are waited for
                 _end(plan, "interrupted")
                 raise
     _raise_failures(plan, set(wanted))
@@ -140,13 +141,10 @@ def _run(
         with events.watching(plan):
             state = "interrupted"
             try:
-                for number, (key, anchor) in enumerate(plan.anchors.items()):
-                    if key in table.anchored(plan.folder):
-                        continue
-                    if pool is None:
-                        work(anchor, truths)
-                    else:
-                        pool.submit(f"anchor {key}", anchor, turn=number)
+                if pool is None:
+                    for key, anchor in plan.anchors.items():
+                        if key not in table.anchored(plan.folder):
+                            work(anchor, truths)
                 Rounds(plan, shared, placement, tune_folder, events, growing=cluster.shared).run()
                 state = "done"
             finally:
@@ -185,13 +183,15 @@ class Rounds:
     def run(self) -> None:
         """Until every trial is finished or recorded as failed, with its reason."""
         number = again = 0
-        while number < ROUNDS and (keys := self.left()):
+        while number < ROUNDS:
+            keys, anchors = self.left(), self.anchors()
+            if not keys and not anchors:
+                break
             if again:
-                self.events.line(
-                    f"{len(keys)} trials were lost with the process that ran or scored them: running them again"
-                )
+                lost = f"{len(keys)} trials" if keys else "anchors"
+                self.events.line(f"{lost} were lost with the process that ran or scored them: running them again")
             known = len(self.blind)
-            self.round(keys, self.tune_folder.with_name(f"{self.tune_folder.name}-{again}"))
+            self.round(keys, anchors, self.tune_folder.with_name(f"{self.tune_folder.name}-{again}"))
             again += 1
             number += len(self.blind) == known  # else the trials met a node that the next round avoids
             if len(self.blind) > known and not self.anywhere():
@@ -210,27 +210,43 @@ class Rounds:
 
         return any(self.placement.runs_on(node) for node in there() if node.id not in self.blind)
 
-    def round(self, keys: list[str], folder: Path) -> None:
-        try:
-            self.tune(keys, folder)
-        except RuntimeError as error:
-            self.events.line(f"Ray Tune gave up ({error})")
-        if (pool := self.shared.pool) is not None:
+    def anchors(self) -> dict[str, scoring.Anchor]:
+        """What is to be scored beside the trials and is not yet, by its name in the pool, which they are scored in."""
+        stored = table.anchored(self.plan.folder) if self.shared.pool is not None else self.plan.anchors
+        named = {f"anchor {key}": anchor for key, anchor in self.plan.anchors.items() if key not in stored}
+        return {name: anchor for name, anchor in named.items() if name not in self.reasons}
+
+    def round(self, keys: list[str], anchors: dict[str, scoring.Anchor], folder: Path) -> None:
+        pool = self.shared.pool
+        for turn, (name, anchor) in enumerate(anchors.items()):
+            pool.submit(name, anchor, turn=turn)
+        if keys:
+            try:
+                self.tune(keys, folder)
+            except RuntimeError as error:
+                self.events.line(f"Ray Tune gave up ({error})")
+        if pool is not None:
             failed, _ = pool.drain()
             self.reasons |= {item.name: f"{type(item.error).__name__}: {item.error}" for item in failed}
             pool.revive()
 
-    def lost(self, key: str, why: str) -> None:
-        """A trial ended without a result; ``why`` may name a node that does not see the folder."""
+    def ended(self, key: str, result: Mapping[str, Any]) -> None:
+        """What a trial said at its end, in the place of a result."""
+        if LOST in result or BLIND in result:
+            self.events.lost(key)
+        if LOST in result:
+            self.reasons[key] = str(result[LOST])
+        if BLIND in result:
+            node, _, name = str(result[BLIND]).partition(" ")
+            self.reasons[key] = f"node {name} joined and does not see {self.shared.folder}: mount it there"
+            if node not in self.blind:
+                self.blind[node] = name
+                self.events.line(f"{self.reasons[key]}; trials that came there are run again elsewhere")
+
+    def died(self, key: str, said: str) -> None:
+        """A trial's process died once too often in a round."""
         self.events.lost(key)
-        node, _, name = why.removeprefix(BLIND).strip().partition(" ")
-        if not why.startswith(BLIND):
-            self.reasons[key] = f"its process died; the last time: {why}"
-            return
-        self.reasons[key] = f"node {name} joined and does not see {self.shared.folder}: mount it there"
-        if node not in self.blind:
-            self.blind[node] = name
-            self.events.line(f"{self.reasons[key]}; trials that came there are run again elsewhere")
+        self.reasons[key] = f"its process died; the last time: {said}"
 
     def tune(self, keys: list[str], folder: Path) -> None:
         os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # Ctrl-C reaches us as KeyboardInterrupt
@@ -278,13 +294,12 @@ def _callback(rounds: Rounds):
 
         def on_trial_complete(self, iteration, trials, trial, **info) -> None:
             self.events.stopped(trial.config["key"])
-            if why := (trial.last_result or {}).get(BLIND):
-                self.rounds.lost(trial.config["key"], f"{BLIND} {why}")
+            self.rounds.ended(trial.config["key"], trial.last_result or {})
 
         def on_trial_error(self, iteration, trials, trial, **info) -> None:
             self.events.stopped(trial.config["key"])
             said = (trial.get_error() or "").strip().splitlines()
-            self.rounds.lost(trial.config["key"], said[-1] if said else "it said nothing")
+            self.rounds.died(trial.config["key"], said[-1] if said else "it said nothing")
 
     return Callback(rounds)
 

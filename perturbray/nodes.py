@@ -3,6 +3,7 @@
 import os
 import time
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -277,8 +278,24 @@ def _wait(
                 return present
             if seconds - last >= LINE_SECONDS:
                 last = seconds
-                say(f"waiting for nodes: {has(present)}, {seconds:.0f} s")
+                say(f"waiting for nodes: {has(present)}, {seconds:.0f} s{_trouble()}")
             time.sleep(1)
     finally:
         for group in groups:
             ray.util.remove_placement_group(group)
+
+
+def _trouble() -> str:
+    """That nodes could not be launched, where the autoscaler says so, and why where it says that."""
+    from ray.autoscaler.v2.sdk import get_cluster_status
+
+    try:
+        failed = get_cluster_status(ray.get_runtime_context().gcs_address).failed_launches
+    except (ray.exceptions.RayError, RuntimeError, OSError):  # it is busy, and is asked again for the next line
+        return ""
+    found = ""
+    for kind, count in Counter(launch.ray_node_type_name for launch in failed).items():
+        whys = [launch.details for launch in failed if launch.ray_node_type_name == kind and launch.details]
+        why = whys[-1] if whys else "monitor.log on the head says why"
+        found += f"; {count} launches of {kind} failed ({why})"
+    return found

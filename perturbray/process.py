@@ -24,6 +24,7 @@ from perturbray.trial import Outcome, Trial, run
 CHECKPOINT_SECONDS = 30.0  # between two checkpoints of a trial
 SETTLE_SECONDS = 5.0  # in which a network file system shows to one node what another has written
 BLIND = "blind"  # what a trial reports in the place of a result, where its node does not see the sweep's folder
+LOST = "lost"  # and where something that it needs went with another node or process
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,10 +112,11 @@ def train(config: dict, *, shared: Shared) -> None:
             shared.score(scorable, truths)
         else:
             pool.submit(key, scorable, turn=turn)
-    except NoScorerError:  # not the trial's fault: without a result and without a record, it is run again
-        tune.report({"failed": 1})
-        return
     except Exception as error:
+        if isinstance(error, NoScorerError) or _of_ray(error):
+            # Not the trial's fault: without a result and without a record, it is run again.
+            tune.report({"failed": 1, LOST: f"{type(error).__name__}: {error}".splitlines()[0]})
+            return
         # Recorded here and not raised: Tune would run it again, and an error of the trial itself would come again.
         table.write_failure(shared.folder, key, name=trial.name, error=error)
         tune.report({"failed": 1})
@@ -208,6 +210,13 @@ def one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def _of_ray(error: BaseException) -> bool:
+    """Whether a node, a process or an object of Ray's was lost, and no code of a task's own failed."""
+    import ray
+
+    return isinstance(error, ray.exceptions.RayError) and not isinstance(error, ray.exceptions.RayTaskError)
 
 
 def sees(place: Path, *, seconds: float = SETTLE_SECONDS) -> bool:

@@ -54,6 +54,7 @@ h1 { margin-bottom: .5rem; }
 .spark path.train { stroke: var(--soft); stroke-width: 1; stroke-dasharray: 3 2; }
 .spark circle { fill: var(--accent); }
 .gone { background: var(--wash); border-left: 4px solid var(--bad); padding: .5rem .8rem; margin: 0 0 1rem; }
+#curves .wide > svg { max-width: 44rem; }
 @media (max-width: 40rem) { .facts { grid-template-columns: repeat(2, 1fr); } .runs { min-width: 44rem; }
   .board { min-width: 60rem; } }
 [hidden] { display: none; }

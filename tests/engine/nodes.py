@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import small
 
@@ -200,6 +201,15 @@ def noted(screen: Path, seeds: int = 2) -> pr.Sweep:
     return small.sweep(screen, models, seeds=seeds, metrics=(*small.METRICS, Metric("noting")))
 
 
+def alone(screen: Path, folder: Path, seeds: int = 2) -> pd.DataFrame:
+    """The table of the same sweep on this process's own Ray. One text of the plugin serves all tests of a process."""
+    here = tempfile.gettempdir() + "/perturbray-notes"
+    Path(here).mkdir(exist_ok=True)
+    mine = small.plugin(noting(Path(here)), "noting")
+    small.run(noted(screen, seeds), folder, plugins=[mine])
+    return small.stable(folder)
+
+
 @dataclass
 class Driver:
     process: subprocess.Popen
@@ -214,6 +224,7 @@ class Driver:
         while not condition():
             if self.process.poll() is not None or time.monotonic() > end:
                 self.process.kill()
+                self.process.wait()
                 pytest.fail("waited in vain:\n" + "\n".join(self.said()))
             time.sleep(0.1)
 
@@ -223,6 +234,7 @@ class Driver:
             code = self.process.wait(timeout=seconds)
         finally:
             self.process.kill()
+            self.process.wait()
         assert code == 0, "\n".join(self.said())
         return self.said()
 

@@ -270,6 +270,8 @@ def test_trials_whose_scorer_is_killed_with_their_predicted_cells_are_run_again(
     assert (tmp_path / "killed").exists()
     assert table.finished(tmp_path / "out") == set(plan.trials)
     assert not list((tmp_path / "out").glob("*.failed.json"))
+    assert plan.anchors
+    assert plan.anchors.keys() <= set(table.anchored(tmp_path / "out")), "what went with the scorer is scored again"
     assert table.read(tmp_path / "out")["value"].notna().all()
 
 

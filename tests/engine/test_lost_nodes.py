@@ -2,7 +2,7 @@
 
 import pytest
 import small
-from nodes import DRIVER, can_hide, cluster, noted, notes, noting
+from nodes import DRIVER, alone, can_hide, cluster, notes, noting
 from pandas.testing import assert_frame_equal
 
 from perturbray.results import table
@@ -13,16 +13,8 @@ SEEDS = 5
 
 
 @pytest.fixture(scope="module")
-def alone(ray_session, small_screen, tmp_path_factory):
-    """The table of one machine."""
-    folder = tmp_path_factory.mktemp("alone")
-    small.run(noted_by(small_screen, folder), folder / "out", plugins=[small.plugin(noting(folder), "noting")])
-    return small.stable(folder / "out")
-
-
-def noted_by(screen, folder):
-    small.plugin(noting(folder), "noting")
-    return noted(screen, SEEDS)
+def one_machine(ray_session, small_screen, tmp_path_factory):
+    return alone(small_screen, tmp_path_factory.mktemp("alone") / "out", SEEDS)
 
 
 @pytest.fixture
@@ -38,7 +30,7 @@ def begin(small_screen, tmp_path):
     return start
 
 
-def test_a_sweep_outlives_the_nodes_of_its_scorers_and_of_its_trials(begin, alone, tmp_path):
+def test_a_sweep_outlives_the_nodes_of_its_scorers_and_of_its_trials(begin, one_machine, tmp_path):
     def done() -> int:
         return len(table.finished(tmp_path / "out"))
 
@@ -56,10 +48,10 @@ def test_a_sweep_outlives_the_nodes_of_its_scorers_and_of_its_trials(begin, alon
     assert len(homes["trial"]) == 2
     assert len(homes["scorer"]) >= 2, "the scorer never moved, and nothing was tested"
     assert not table.failed(tmp_path / "out")
-    assert_frame_equal(small.stable(tmp_path / "out"), alone, check_exact=True)
+    assert_frame_equal(small.stable(tmp_path / "out"), one_machine, check_exact=True)
 
 
-def test_trials_avoid_a_node_that_joined_and_does_not_see_the_results(begin, alone, tmp_path):
+def test_trials_avoid_a_node_that_joined_and_does_not_see_the_results(begin, one_machine, tmp_path):
     if not can_hide():
         pytest.skip("this user may not mount: nodes cannot be made blind")
     (tmp_path / "out").mkdir()
@@ -70,4 +62,4 @@ def test_trials_avoid_a_node_that_joined_and_does_not_see_the_results(begin, alo
         lines = driver.finish()
     assert [line for line in lines if f"joined and does not see {tmp_path / 'out'}: mount it there" in line], lines
     assert not table.failed(tmp_path / "out")
-    assert_frame_equal(small.stable(tmp_path / "out"), alone, check_exact=True)
+    assert_frame_equal(small.stable(tmp_path / "out"), one_machine, check_exact=True)

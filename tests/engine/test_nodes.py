@@ -2,10 +2,25 @@
 
 import pytest
 import small
-from nodes import DRIVER, can_hide, cluster, noted, notes, noting
+from nodes import DRIVER, alone, can_hide, cluster, notes, noting
 from pandas.testing import assert_frame_equal
 
 from perturbray.results import table
+
+WHO_READS = """
+import sys
+import ray
+from perturbray.cluster import connect
+from perturbray.data import blocks, store
+from perturbray.data.dataset import DatasetSpec
+from perturbray.data.windows import Windows
+
+found = store.find(DatasetSpec(path=sys.argv[2]))
+with connect(sys.argv[1]):
+    readers = Windows(found).placed().readers
+    nodes = [node["Resources"] for node in ray.nodes() if node["NodeID"] in readers]
+    print(sum(node.get("CPU", 0.0) for node in nodes), sum(node.get("GPU", 0.0) for node in nodes))
+"""
 
 
 @pytest.fixture(scope="module")
@@ -26,10 +41,15 @@ def folders(tmp_path_factory, small_screen):
     return folder
 
 
-def drive(head, folders, results) -> list[str]:
+def drive(head, folders, results, **environment) -> list[str]:
     secret = folders / "secret"
     words = secret / "small.h5ad", results, secret / "noting.py", 0.5
-    return head.start(DRIVER, *words, PERTURBRAY_CACHE=str(secret / "cache")).finish()
+    return head.start(DRIVER, *words, **{"PERTURBRAY_CACHE": str(secret / "cache"), **environment}).finish()
+
+
+@pytest.fixture(scope="module")
+def one_machine(ray_session, folders):
+    return alone(folders / "secret" / "small.h5ad", folders / "open" / "alone")
 
 
 def test_a_cluster_of_a_head_alone_that_nothing_could_join_is_refused_at_once(head, folders):
@@ -48,7 +68,7 @@ def nodes(head, folders):
     return head
 
 
-def test_nodes_that_do_not_see_the_drivers_files_give_the_numbers_of_one_machine(ray_session, nodes, folders):
+def test_nodes_that_do_not_see_the_drivers_files_give_the_numbers_of_one_machine(nodes, folders, one_machine):
     lines = drive(nodes, folders, folders / "open" / "small")
     text = "3 nodes, 4 CPUs, 1 GPUs: 2 trials at once (1 CPU, 0.5 GPU each), 1 scorer (0.2 CPU each, on nodes without a GPU)"
     assert text in lines
@@ -62,10 +82,20 @@ def test_nodes_that_do_not_see_the_drivers_files_give_the_numbers_of_one_machine
     assert len(titles) == 2, "a person tells trials apart"
     assert all(title.startswith("ray::trial small noting") for title in titles)
 
-    mine = small.plugin((folders / "secret" / "noting.py").read_text(), "noting")
-    small.run(noted(folders / "secret" / "small.h5ad"), folders / "open" / "alone", plugins=[mine])
-    found, alone = small.stable(folders / "open" / "small"), small.stable(folders / "open" / "alone")
-    assert_frame_equal(found, alone, check_exact=True)
+    assert_frame_equal(small.stable(folders / "open" / "small"), one_machine, check_exact=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cache", ["secret", "open"])
+def test_windows_are_read_where_reading_belongs_and_by_the_driver_where_only_it_sees_the_rows(
+    nodes, folders, one_machine, cache
+):
+    environment = {"PERTURBRAY_CACHE": str(folders / cache / "cache"), "PERTURBRAY_DELIVERY": "streaming"}
+    lines = drive(nodes, folders, folders / "open" / f"streamed-{cache}", **environment)
+    assert any("streaming, as asked for" in line for line in lines)
+    assert_frame_equal(small.stable(folders / "open" / f"streamed-{cache}"), one_machine, check_exact=True)
+    shown = nodes.start(WHO_READS, folders / "secret" / "small.h5ad", **environment).finish()
+    assert shown[-1] == ("0.0 0.0" if cache == "secret" else "2.0 0.0"), "CPUs and GPUs of the nodes that read"
 
 
 def test_results_that_a_node_does_not_see_are_refused_before_anything_runs(nodes, folders):
