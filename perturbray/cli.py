@@ -8,12 +8,14 @@ import signal
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from perturbray.clusterfile import command as cluster_file
 from perturbray.counterfactual.command import add_predict
 from perturbray.errors import InputError
+from perturbray.watch import command as watch
 
 if TYPE_CHECKING:
     from perturbray.data.dataset import DatasetSpec
@@ -127,6 +129,9 @@ def sweep_parser(name: str, description: str) -> argparse.ArgumentParser:
         action="store_true",
         help="store every fitted model in RESULTS/<sweep>/models, for `perturbray predict`",
     )
+    run.add_argument(
+        "--watch", action="store_true", help="a live page while it runs, as `perturbray watch` shows of any sweep"
+    )
     run.add_argument("--smoke", action="store_true", help="a minute's work: few epochs, one seed, two levels")
     run.add_argument("--dry-run", action="store_true", help="print the plan, done and to run, and stop")
     change = parser.add_argument_group("changing the sweep")
@@ -188,6 +193,7 @@ def command() -> None:
     )
     judge.add_argument("--out", metavar="DIR", default="evaluation", help="where results go (default: evaluation)")
     add_predict(commands)
+    watch.add_watch(commands)
     cluster_file.add_cluster(commands)
     listing = commands.add_parser("list", help="what there is to choose from")
     listing.add_argument("kind", choices=LISTS)
@@ -196,6 +202,7 @@ def command() -> None:
     )
     arguments = parser.parse_args()
     own = {"report": _report, "evaluate": _evaluate, "predict": _predict, "cluster": cluster_file.run, "list": _list}
+    own["watch"] = watch.run
     run = own[arguments.command]
     _end(_guard(lambda: run(arguments)))
 
@@ -259,6 +266,9 @@ def _run_script(
     sweep = sweep.override(dict(changes)).grid(axes)
     suffix = f"-{Path(arguments.data).stem}" if arguments.data else ""
     folder = Path(arguments.results) / f"{sweep.name}{suffix}"
+    if arguments.watch and not arguments.dry_run:
+        with watch.beside(folder, partial(print, flush=True)):
+            return _run(sweep, folder, arguments, plugins)
     return _run(sweep, folder, arguments, plugins)
 
 

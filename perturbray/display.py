@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from perturbray.cluster import Cluster
-from perturbray.engine import Events
+from perturbray.events import Events
 from perturbray.placement import Placement
 from perturbray.plan import Plan
 from perturbray.results import table

@@ -1,8 +1,7 @@
 """The engine: runs a sweep on Tune. Finished work is known by key and never repeated; one failure stops nothing else."""
 
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
@@ -13,12 +12,13 @@ import cloudpickle
 import numpy as np
 
 from perturbray import plugin, scoring
-from perturbray.cluster import Cluster, connect, settle
+from perturbray.cluster import connect, settle
 from perturbray.data.dataset import DatasetSpec, open_screen, target_sum
 from perturbray.data.loading import Delivery
 from perturbray.data.splits import TRAIN
 from perturbray.data.store import Store
 from perturbray.data.truth import digest, observe
+from perturbray.events import Events
 from perturbray.metrics.cell_metrics import COMPONENTS
 from perturbray.metrics.distribution import fit_pca
 from perturbray.placement import SCORER_CPUS, Placement, place
@@ -26,35 +26,12 @@ from perturbray.plan import Plan, reference, task_of, versions
 from perturbray.prediction import Truth
 from perturbray.process import BLIND, LOST, Shared, newest_first, train, trainable
 from perturbray.randomness import generator
+from perturbray.recorder import recording
 from perturbray.results import table
 from perturbray.trial import Trial
 
 ROUNDS = 3  # times that trials lost with their process are started again
 PCA_CELLS = 50_000  # training cells that the space of distribution metrics is fitted on
-
-
-class Events:
-    """What the engine tells whoever watches; every method may be left as it is."""
-
-    def line(self, text: str) -> None:
-        """A line for the user."""
-
-    def connected(self, cluster: Cluster, placement: Placement, tune_folder: Path) -> None:
-        """Ray is there, and the trials fit."""
-
-    def planned(self, plan: Plan) -> None:
-        """Keys are known, and the plan is stored."""
-
-    def started(self, key: str) -> None:
-        """A trial began to run."""
-
-    def stopped(self, key: str) -> None:
-        """A trial ended, well or not; its scores may still be under way."""
-
-    @contextmanager
-    def watching(self, plan: Plan) -> Iterator[None]:
-        """Around the running of trials."""
-        yield
 
 
 class TrialError(RuntimeError):
@@ -81,7 +58,7 @@ def run_sweep(
         _store(plan, command)
         events.planned(plan)
         return 0
-    with table.made(plan.folder):
+    with table.made(plan.folder), recording(plan.folder, events) as events:
         stores = {spec: plan.read(spec, events.line) for spec in plan.conditions}
         _store(plan, command)
         events.planned(plan)
@@ -255,6 +232,8 @@ class Rounds:
 
     def ended(self, key: str, result: Mapping[str, Any]) -> None:
         """What a trial said at its end, in the place of a result."""
+        if LOST in result or BLIND in result:
+            self.events.lost(key)
         if LOST in result:
             self.reasons[key] = str(result[LOST])
         if BLIND in result:
@@ -266,6 +245,7 @@ class Rounds:
 
     def died(self, key: str, said: str) -> None:
         """A trial's process died once too often in a round."""
+        self.events.lost(key)
         self.reasons[key] = f"its process died; the last time: {said}"
 
     def tune(self, keys: list[str], folder: Path) -> None:
@@ -309,6 +289,9 @@ def _callback(rounds: Rounds):
 
         def on_trial_start(self, iteration, trials, trial, **info) -> None:
             self.events.started(trial.config["key"])
+
+        def on_trial_result(self, iteration, trials, trial, result, **info) -> None:
+            self.events.reported(trial.config["key"], result)
 
         def on_trial_complete(self, iteration, trials, trial, **info) -> None:
             self.events.stopped(trial.config["key"])

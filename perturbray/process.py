@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -178,7 +179,7 @@ class Checkpoints:
 
     def report(self, values: dict[str, float], snapshot: Callable[[], dict]) -> None:
         if time.monotonic() - self.last < self.seconds:
-            self.tune.report(values)
+            self.tune.report(values | usage())
             show(self.title)
             return
         self._report(values, snapshot())
@@ -195,8 +196,23 @@ class Checkpoints:
 
         with tempfile.TemporaryDirectory() as folder:
             checkpoint.save(folder, state)
-            self.tune.report(values, checkpoint=self.tune.Checkpoint.from_directory(folder))
+            self.tune.report(values | usage(), checkpoint=self.tune.Checkpoint.from_directory(folder))
         show(self.title)
+
+
+def usage() -> dict[str, float]:
+    """What this process takes: memory of its own, without what it maps and others do too, and of a GPU; MB, 2**20 bytes."""
+    import torch
+
+    found = {}
+    with suppress(OSError):  # there is no /proc but on Linux
+        resident, shared = map(int, Path("/proc/self/statm").read_text().split()[1:3])
+        found["memory_mb"] = (resident - shared) * os.sysconf("SC_PAGE_SIZE") / 2**20
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        found["gpu_memory_mb"] = torch.cuda.max_memory_reserved() / 2**20
+        if find_spec("pynvml"):
+            found["gpu_percent"] = float(torch.cuda.utilization())
+    return found
 
 
 @contextmanager

@@ -5,7 +5,8 @@ from pathlib import Path
 import pandas as pd
 
 from perturbray.display import Terminal
-from perturbray.engine import Events, run_sweep
+from perturbray.engine import run_sweep
+from perturbray.events import Events
 from perturbray.plan import Plan
 from perturbray.plugin import Plugin
 from perturbray.results import table

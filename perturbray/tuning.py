@@ -22,11 +22,13 @@ from perturbray import plugin
 from perturbray.cluster import Cluster, connect, settle
 from perturbray.course import Course, SearchError, reason
 from perturbray.data.dataset import Conditions, open_screen, target_sum
-from perturbray.engine import ROUNDS, Events, deliver
+from perturbray.engine import ROUNDS, deliver
 from perturbray.errors import InputError
+from perturbray.events import Events
 from perturbray.placement import Node, Placement, place
 from perturbray.plan import Plan
 from perturbray.process import CHECKPOINT_SECONDS, Checkpoints, node, one_thread, sees, trainable
+from perturbray.recorder import recording
 from perturbray.results import ledger, table
 from perturbray.search import Search, Tuned
 from perturbray.space import widen
@@ -129,7 +131,7 @@ def _search(
 ) -> tuple[Course, dict]:
     """Run what remains of one search; its course, and the best record."""
     plan, spec = _plan(sweep, search, folder), search.base.dataset
-    with table.made(folder):
+    with table.made(folder), recording(folder, events) as events:
         store = plan.read(spec, events.line)
         facts = {"dataset": spec.name, "content": plan.contents[spec], "name": sweep.name}
         course = Course(search, folder / ledger.FOLDER, plan.contents[spec], facts=facts)
@@ -191,8 +193,9 @@ def _run(
         except RuntimeError as error:
             events.line(f"Ray Tune gave up ({error})")
         finally:
-            for name in list(course.running):
+            for name, one in list(course.running.items()):
                 course.lose(name)
+                events.judged(course.folder.name, one.number)
         if course.over or len(course.records) == ended:
             return
 
@@ -248,12 +251,13 @@ def _adapters(course: Course, lines: "_Lines") -> tuple:
             values = course.begin(trial_id)
             if values is None:
                 return Searcher.FINISHED if course.over != "samples" or not course.running else None
+            lines.events.tried(course.folder.name, course.running[trial_id].number, values)
             return {"values": values}
 
         def on_trial_complete(self, trial_id, result=None, error=False):
             if trial_id not in course.running:
                 return
-            result = result or {}
+            result, number = result or {}, course.running[trial_id].number
             if error:
                 course.end(trial_id, error=f"its process died {DEATHS + 1} times")
             elif "failed" in result:
@@ -262,6 +266,7 @@ def _adapters(course: Course, lines: "_Lines") -> tuple:
                 course.end(trial_id, final=_numbers(result, course.search))
             else:
                 course.end(trial_id)
+            lines.events.judged(course.folder.name, number)
             lines.ended()
 
         def save(self, checkpoint_path):
@@ -274,6 +279,7 @@ def _adapters(course: Course, lines: "_Lines") -> tuple:
         def on_trial_result(self, tune_controller, trial, result):
             if "failed" in result or result.get("final") or trial.trial_id not in course.running:
                 return TrialScheduler.CONTINUE
+            lines.events.learnt(course.folder.name, course.running[trial.trial_id].number, result)
             seconds = float(result.get("time_total_s", 0.0))
             values = _numbers(result, course.search)
             stop = course.report(trial.trial_id, epoch=int(result["epoch"]), values=values, seconds=seconds)

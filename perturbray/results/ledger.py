@@ -73,22 +73,23 @@ class Learnt:
     header: dict
     trials: pd.DataFrame  # number, state, reason, objective, epochs, seconds, way, and a column a hyperparameter
     histories: dict[int, list[tuple[int, float]]]  # objective by epoch, of each trial
+    folder: str = ""  # its name
 
     @property
     def name(self) -> str:
         return str(self.header.get("model", ""))
 
 
-def read_searches(folder: str | Path) -> list[Learnt]:
-    """The searches in a results folder that have at least one trial, the ones that began first in front."""
+def read_searches(folder: str | Path, *, begun: bool = False) -> list[Learnt]:
+    """The searches in a results folder that have at least one trial, or have but ``begun``; the earliest in front."""
     found = []
     for place in sorted((Path(folder) / FOLDER).glob(f"*/{HEADER}")):
         records = sorted(read_records(place.parent).values(), key=lambda record: record["number"])
-        if records:
+        if records or begun:
             rows = [{**_row(record), **record["values"]} for record in records]
             histories = {record["number"]: [tuple(pair) for pair in record["history"]] for record in records}
-            found.append(Learnt(read_header(place.parent), pd.DataFrame(rows), histories))
-    return sorted(found, key=lambda one: one.trials["started"].min())
+            found.append(Learnt(read_header(place.parent), pd.DataFrame(rows), histories, place.parent.name))
+    return sorted(found, key=lambda one: one.trials["started"].min() if len(one.trials) else "9")
 
 
 def _row(record: Mapping[str, Any]) -> dict:

@@ -119,7 +119,7 @@ def render(
     return _TEMPLATE.render(view)
 
 
-def _title(x: str) -> str:
+def figure_title(x: str) -> str:
     """Of the figure."""
     return f"Score against {x.replace('train_', 'training ').replace('_', ' ')}" if x else "Scores"
 
@@ -162,15 +162,15 @@ def _view(
         "findings": findings,
         "waiting": f"No trial has finished yet{', and some failed: see the reasons below' if failures else ''}.",
         "reading": READING,
-        "figure": Markup(_themed(figure)) if figure else None,
-        "scaled_figure": Markup(_themed(_apart(scaled))) if scaled else None,
+        "figure": Markup(themed(figure)) if figure else None,
+        "scaled_figure": Markup(themed(apart(scaled))) if scaled else None,
         "scaled_caption": sections.scaled_caption(summary) if scaled else "",
         "scaled_text": " ".join(SCALE.split()),
         "reaching": sections.REACHING,
         "bounds": bounds,
         "controls": controls,
         "effects": sections.effects(summary),
-        "figure_title": _title(plan.get("x", "")),
+        "figure_title": figure_title(plan.get("x", "")),
         "figure_caption": sections.figure_caption(summary),
         "board_caption": f"{BOARD} {SCALED}" if bounds else BOARD,
         "levels": sections.levels(summary),
@@ -179,12 +179,12 @@ def _view(
         "variants": sections.variants(summary) if summary.headline else [],
         "scatters": scatter.views(summary) if summary.headline else [],
         "scatters_text": SCATTERS.format(at=_base(summary)) + SCATTERED * bool(bounds),
-        "curves_figure": Markup(_themed(_apart(curves, "curves-"))) if curves else None,
+        "curves_figure": Markup(themed(apart(curves, "curves-"))) if curves else None,
         "curves_text": CURVES.format(at=_base(summary)),
         "changes": sections.changes(summary),
         "truth": sections.truth(summary),
         "strata": sections.strata(summary),
-        "searches": [_drawn(one, number) for number, one in enumerate(searches)],
+        "searches": [drawn(one, number) for number, one in enumerate(searches)],
         "statuses": sections.statuses(summary),
         "failures": list(failures.values()),
         "dataset": sections.terms(plan.get("dataset", {})),
@@ -231,10 +231,10 @@ def _base(summary: Summary) -> str:
 def _state(status: Mapping) -> str:
     state = status.get("state") or ""
     left = status.get("eta_seconds")
-    return _STATES.get(state, state) + (f", about {_duration(left)} to go" if left and state == "running" else "")
+    return _STATES.get(state, state) + (f", about {duration(left)} to go" if left and state == "running" else "")
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     return (
         f"{seconds:.0f} s"
         if seconds < 90
@@ -244,18 +244,18 @@ def _duration(seconds: float) -> str:
     )
 
 
-def _drawn(view: Mapping, number: int) -> dict:
+def drawn(view: Mapping, number: int) -> dict:
     """A search's figures in the page's colours, with ids of their own."""
-    figures = [Markup(_themed(_apart(one, f"search-{number}-{i}-"))) for i, one in enumerate(view["figures"])]
+    figures = [Markup(themed(apart(one, f"search-{number}-{i}-"))) for i, one in enumerate(view["figures"])]
     return {**view, "figures": list(zip(figures, view["captions"], strict=False))}
 
 
-def _apart(figure: str, prefix: str = "scaled-") -> str:
+def apart(figure: str, prefix: str = "scaled-") -> str:
     """A further figure with ids of its own: all were numbered from the same start."""
     return re.sub(r'(\bid="|href="#|url\(#)', rf"\1{prefix}", figure)
 
 
-def _themed(figure: str) -> str:
+def themed(figure: str) -> str:
     """The figure in the page's colours, so that it reads on white and on black, and scaled to the page's width."""
     for colour, variable in ((plots.INK, "currentColor"), (plots.FAINT, "var(--line)"), (plots.PAPER, "var(--paper)")):
         figure = figure.replace(colour, variable)

@@ -119,6 +119,7 @@ class _Descent:
         self.subset = VAL if len(stream.rows(VAL)) else TRAIN
         self.progress = {"epoch": 0, "step": 0, "best_epoch": 0, "best_loss": math.inf, "history": []}
         self.best = copy.deepcopy(model.state_dict())
+        self.cells = 0  # of the last epoch
         # Where training ends within the warm-up, its last weights are the ones there are.
         self.warmup = min(model.warmup_epochs, training.epochs - 1)
         if training.compile:
@@ -165,6 +166,7 @@ class _Descent:
             "epoch": number + 1,
             **{"train_loss" if name == first else f"train_{name}": value for name, value in trained.items()},
             **{f"val_{name}": value for name, value in watched.items()},
+            "cells": self.cells,
             "lr": self.optimisers[first].param_groups[0]["lr"],
         }
 
@@ -198,6 +200,7 @@ class _Descent:
             optimiser.step()
             totals[name].add(loss, len(batch))
             self.progress["step"] += 1
+        self.cells = sum(total.cells for total in totals.values())
         return {name: total.value() for name, total in totals.items() if total.cells}
 
     def check(self, number: int, trained: dict[str, float], watched: dict[str, float]) -> None:

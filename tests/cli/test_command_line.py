@@ -32,6 +32,7 @@ FROZEN = {
     "--address",
     "--gpus-per-trial",
     "--keep-models",
+    "--watch",
     "--smoke",
     "--dry-run",
     "--set",

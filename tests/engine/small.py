@@ -6,7 +6,8 @@ import pandas as pd
 
 import perturbray as pr
 from perturbray.data.dataset import DatasetSpec
-from perturbray.engine import Events, run_sweep
+from perturbray.engine import run_sweep
+from perturbray.events import Events
 from perturbray.metrics.metric import Metric
 from perturbray.plan import Plan
 from perturbray.plugin import Plugin
