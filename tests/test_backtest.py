@@ -22,9 +22,9 @@ SCREEN = {"contexts": 1, "perturbations": 300, "combinations": 276, "genes": 200
 BUFFERED = {"pathways": 3, "buffering": 0.7}
 
 
-def ranked(spec, lab, dataset, *, seeds):
+def ranked(spec, lab, dataset, *, seeds, epochs=60):
     """The ranking of all pairs, in the order of the test pairs."""
-    fits = [fitted(spec, lab, dataset, seed=seed, epochs=60, batch_size=256) for seed in range(seeds)]
+    fits = [fitted(spec, lab, dataset, seed=seed, epochs=epochs, batch_size=256) for seed in range(seeds)]
     table = rank(fits, Controls.read(dataset.path, fits[0], most=200)).set_index("condition")
     held = [lab.conditions.perturbation[row] for row in np.flatnonzero(lab.split.condition == TEST)]
     assert not table.loc[held, "trained"].any()
@@ -69,7 +69,7 @@ def test_the_ranking_of_the_doubles_of_k562_is_made_and_its_enrichment_told(shar
         if len(true) == 5:
             break
         lab = screens.lab_of(spec, task=Combination(fraction=0.4, missing_single="to_train", seed=seed))
-        table = ranked(LatentAdditive(), lab, spec, seeds=2)
+        table = ranked(LatentAdditive(), lab, spec, seeds=2, epochs=20)
         for label, row in table.iterrows():
             predicted.setdefault(label, []).append(float(row["deviation"]))
             true[label] = _observed(lab, label)

@@ -2,6 +2,7 @@
 
 import signal
 
+import processes
 import pytest
 
 HANG = 300  # seconds; the longest sweep here takes a tenth of it
@@ -22,3 +23,11 @@ def hang_limit(request):
     yield
     signal.alarm(0)
     signal.signal(signal.SIGALRM, before)
+
+
+@pytest.fixture(scope="session")
+def left():
+    """What tests that kill a command put here is gone in the end; waited for once, while other tests run."""
+    found: set[tuple[int, str]] = set()
+    yield found
+    processes.wait_for_none(found)

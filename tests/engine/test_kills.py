@@ -3,17 +3,18 @@
 import os
 import random
 import re
+import runpy
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import small
 from pandas.testing import assert_frame_equal
+from processes import HANG, family, wait
 
 from perturbray.metrics.metric import Metric
 from perturbray.results import table
@@ -21,8 +22,7 @@ from perturbray.results import table
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
-HANG = 400  # seconds
-ORPHANS = 240  # seconds; Ray's agents look for their parent once a minute
+SCRIPT = ROOT / "sweeps" / "imbalance.py"
 TRIALS = 16
 
 SIGKILL_ONCE = """
@@ -63,13 +63,16 @@ class Command:
     def folder(self) -> Path:
         return self.results / f"imbalance-{self.screen.stem}"
 
-    def start(self) -> subprocess.Popen:
-        words = ["--data", self.screen, "--results", self.results, "--set", "ablation.highest=0.2"]
+    def words(self) -> list[str]:
+        words = [SCRIPT, "--data", self.screen, "--results", self.results, "--set", "ablation.highest=0.2"]
         words += ["--grid", "ablation.level=0,0.2", "--grid", "seed=0", "--set", "training.epochs=15"]
+        return [str(word) for word in words]
+
+    def start(self) -> subprocess.Popen:
         log = open(self.results.with_suffix(".log"), "a")  # noqa: SIM115  # the process keeps it
         with log:
             return subprocess.Popen(
-                [sys.executable, str(ROOT / "sweeps" / "imbalance.py"), *map(str, words)],
+                [sys.executable, *self.words()],
                 # A cache of its own, so that its first run reads the screen.
                 env={**os.environ, "PYTHONPATH": str(ROOT), "PERTURBRAY_CACHE": str(self.results.parent / "cache")},
                 stdout=log,
@@ -102,41 +105,6 @@ class Command:
         return process
 
 
-def wait(condition: Callable[[], bool], seconds: float = HANG) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.05)
-
-
-def family(process: int) -> set[tuple[int, str]]:
-    """A process and its descendants, each with the time that it started, by which a number used again is told."""
-    parents, started = {}, {}
-    for place in Path("/proc").iterdir():
-        if place.name.isdigit():
-            try:
-                fields = (place / "stat").read_text().rpartition(")")[2].split()
-            except OSError:
-                continue
-            parents[int(place.name)], started[int(place.name)] = int(fields[1]), fields[19]
-    found = {process}
-    while more := {child for child, parent in parents.items() if parent in found} - found:
-        found |= more
-    return {(one, started[one]) for one in found if one in started}
-
-
-def alive(processes: set[tuple[int, str]]) -> set[tuple[int, str]]:
-    left = set()
-    for number, started in processes:
-        try:
-            fields = Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()
-        except OSError:
-            continue
-        if fields[19] == started and fields[0] != "Z":
-            left.add((number, started))
-    return left
-
-
 def whole(folder: Path) -> bool:
     """Whether every file of the folder is one that a reader knows; temporary files of a killed writer are hidden."""
     known = (".parquet", ".json", ".html", ".svg", ".png", ".csv")
@@ -156,20 +124,24 @@ def command(small_screen, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(small_screen, tmp_path_factory):
-    """The folder of a run that nothing disturbed."""
+def uninterrupted(ray_session, small_screen, tmp_path_factory):
+    """The folder of a run that nothing disturbed, by the same script, in this process and the Ray of the tests."""
     command = Command(small_screen, tmp_path_factory.mktemp("uninterrupted") / "results")
-    code, log = command.run()
-    assert code == 0, log
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", command.words())
+        with pytest.raises(SystemExit) as end:
+            runpy.run_path(str(SCRIPT), run_name="__main__")
+    signal.signal(signal.SIGTERM, before)
+    assert not end.value.code
     assert len(command.finished()) == TRIALS
     return command.folder
 
 
-def test_a_sweep_that_is_killed_again_and_again_ends_with_the_table_of_an_undisturbed_one(command, uninterrupted):
+def test_a_sweep_that_is_killed_again_and_again_ends_with_the_table_of_an_undisturbed_one(command, uninterrupted, left):
     moment = random.Random(0)
     stored: dict[str, tuple[int, int]] = {}
-    left: set[tuple[int, str]] = set()
-    for first, last in ((None, None), (1, 4), (5, 9), (10, 13)):
+    for first, last in ((None, None), (1, 5), (10, 13)):
         if first is None:
             process = command.start()
             wait(lambda: "reading" in command.log())
@@ -183,7 +155,6 @@ def test_a_sweep_that_is_killed_again_and_again_ends_with_the_table_of_an_undist
 
     code, log = command.run()
     assert code == 0, log
-    wait(lambda: not alive(left), ORPHANS)
     assert len(stored) >= 10
     *_, (before, to_run) = re.findall(r"(\d+) finished before, (\d+) to run", log)
     assert int(before) >= len(stored), "a scorer may outlive the kill by a moment, and finish what it holds"
@@ -192,9 +163,8 @@ def test_a_sweep_that_is_killed_again_and_again_ends_with_the_table_of_an_undist
     assert_frame_equal(small.stable(command.folder), small.stable(uninterrupted), check_exact=True)
 
 
-def test_a_sweep_that_is_interrupted_says_so_and_goes_on(command, uninterrupted):
+def test_a_sweep_that_is_interrupted_says_so_and_goes_on(command, uninterrupted, left):
     stored: dict[str, tuple[int, int]] = {}
-    left: set[tuple[int, str]] = set()
     for how, trials in (("SIGINT to all", 2), ("SIGINT", 6), ("SIGTERM", 10)):
         process = command.start_until(trials, delay=0.3)
         left |= family(process.pid)
@@ -213,7 +183,6 @@ def test_a_sweep_that_is_interrupted_says_so_and_goes_on(command, uninterrupted)
 
     code, log = command.run()
     assert code == 0, log
-    wait(lambda: not alive(left), ORPHANS)
     assert len(unchanged(command.folder, since=stored)) == TRIALS
     assert_frame_equal(small.stable(command.folder), small.stable(uninterrupted), check_exact=True)
 
