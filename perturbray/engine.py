@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
@@ -181,7 +181,8 @@ def _run(
 
 
 def _end(plan: Plan, state: str) -> None:
-    table.write_plan(plan.folder, {**table.read_plan(plan.folder), "status": {"state": state}})
+    with suppress(OSError):  # of a full disk, which is told by what it kept from being stored
+        table.write_plan(plan.folder, {**table.read_plan(plan.folder), "status": {"state": state}})
 
 
 def _store(plan: Plan, command: str) -> None:
@@ -237,12 +238,13 @@ class Rounds:
     def round(self, keys: list[str], folder: Path) -> None:
         try:
             self.tune(keys, folder)
-        except RuntimeError as error:
+        except (RuntimeError, OSError, EOFError) as error:  # the last two: of a full disk
             self.events.line(f"Ray Tune gave up ({error})")
         if (pool := self.shared.pool) is not None:
             failed, _ = pool.drain()
             self.reasons |= {item.name: f"{type(item.error).__name__}: {item.error}" for item in failed}
             pool.revive()
+        table.create(self.plan.folder)  # raises where the disk is full: neither results nor reasons could be stored
 
     def lost(self, key: str, why: str) -> None:
         """A trial ended without a result; ``why`` may name a node that does not see the folder."""
