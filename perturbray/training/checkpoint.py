@@ -7,7 +7,13 @@ from pathlib import Path
 import torch
 
 NAME = "checkpoint.pt"
-UNREADABLE = OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError  # what ``load`` raises of a broken file
+UNREADABLE = (
+    OSError,
+    RuntimeError,
+    EOFError,
+    ValueError,
+    pickle.UnpicklingError,
+)  # what ``load`` raises of a broken file
 
 
 def save(folder: str | Path, state: dict) -> None:

@@ -1,6 +1,6 @@
 """Random kills of driver, trial process, scorer and node over sweeps of cheap trials: nothing finished is lost or run twice.
 
-    python tests/faults/campaign.py --kills 100 --seed 0 [--json FILE]
+    python tests/faults/campaign.py --kills 100 --seed 0 [--minutes M] [--json FILE]
 
 The cluster is ``ray.cluster_utils.Cluster``: a head that lends nothing and two workers, real processes of this machine. A
 driver that is killed leaves it alive, and the same command is started again, as a person would. The seed decides what is
@@ -9,11 +9,13 @@ killed and after which wait; what that meets is up to the machine.
 
 import argparse
 import json
+import math
 import os
 import random
 import secrets
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -22,12 +24,13 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 KINDS = ("driver", "worker", "scorer", "node")
 TITLES = {"worker": "ray::trial ", "scorer": "ray::Scorer"}
-PAUSE = 0.5, 4.0  # seconds between two kills, beside those that it takes to come back
+PAUSE = 0.3, 2.5  # seconds between two kills, beside those that it takes to come back
 TRIALS = 24  # of a sweep
 SECONDS = 0.8  # that a trial takes
 HANG = 400.0  # seconds in which a sweep must show anything new
@@ -106,7 +109,8 @@ class Nodes:
         from ray.cluster_utils import Cluster
 
         # The head lends no CPU, as in the shipped cluster files, and is the driver's.
-        self.cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+        head = {"num_cpus": 0, "include_dashboard": False, "dashboard_port": free_port()}
+        self.cluster = Cluster(initialize_head=True, head_node_args=head)
         self.workers = [self._add() for _ in range(2)]
 
     def _add(self):
@@ -127,6 +131,11 @@ class Nodes:
 
     def close(self) -> None:
         self.cluster.shutdown()
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
 
 
 def family(process: int) -> list[int]:
@@ -248,7 +257,9 @@ def drive(folder: str, screen: str, address: str) -> int:
     plugin.install()
     spec, sleeper = DatasetSpec(path=screen), pr.MODELS["sleeper"]
     trials = [pr.Trial(dataset=spec, model=sleeper(number=i, seconds=SECONDS)) for i in range(TRIALS)]
-    plan = Plan.of(pr.Sweep(name="campaign", trials=trials, metrics=(Metric("rmse", "average"),)), Path(folder, "results"))
+    plan = Plan.of(
+        pr.Sweep(name="campaign", trials=trials, metrics=(Metric("rmse", "average"),)), Path(folder, "results")
+    )
     events = Events()
     events.line = lambda text: print(text, flush=True)
     try:
@@ -258,8 +269,13 @@ def drive(folder: str, screen: str, address: str) -> int:
     return 0
 
 
-def campaign(kills: int, seed: int, folder: Path, *, say: Callable[[str], None] = lambda text: None) -> Tally:
-    """So many kills, as many of each kind as of any other, in a random order; then the last sweep ends undisturbed."""
+def campaign(
+    kills: int, seed: int, folder: Path, *, minutes: float = math.inf, say: Callable[[str], None] = lambda text: None
+) -> Tally:
+    """So many kills, as many of each kind as of any other, in a random order; then the last sweep ends undisturbed.
+
+    No kill comes after so many minutes, whatever was asked for.
+    """
     from perturbray import synthetic
 
     rng = random.Random(seed)
@@ -272,6 +288,9 @@ def campaign(kills: int, seed: int, folder: Path, *, say: Callable[[str], None] 
     try:
         for number, (kind, pause, which) in enumerate(plans):
             time.sleep(pause)
+            if time.monotonic() - began > 60 * minutes:
+                say(f"after {minutes:g} minutes the last {kills - number} kills of {kills} are left out")
+                break
             while True:  # until there is somebody to kill, in this sweep or the next
                 if run is None or run.over():
                     if run is not None:
@@ -339,6 +358,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--minutes", type=float, default=math.inf, help="no kill after so many (default: no limit)")
     parser.add_argument("--json", type=Path, help="where to store the counts")
     parser.add_argument("--keep", type=Path, help="a folder for the sweeps and their logs, which is kept")
     parser.add_argument("--drive", nargs=3, help=argparse.SUPPRESS)
@@ -348,9 +368,12 @@ def main() -> int:
     folder = asked.keep or Path(tempfile.mkdtemp(prefix="perturbray-campaign-"))
     folder.mkdir(parents=True, exist_ok=True)
     prepare(folder / "cache")
+    os.environ["RAY_TMPDIR"] = tempfile.mkdtemp(prefix="c", dir="/tmp")  # short: sockets lie in it
     try:
-        tally = campaign(asked.kills, asked.seed, folder, say=lambda text: print(text, flush=True))
+        say = partial(print, flush=True)
+        tally = campaign(asked.kills, asked.seed, folder, minutes=asked.minutes, say=say)
     finally:
+        shutil.rmtree(os.environ["RAY_TMPDIR"], ignore_errors=True)
         if not asked.keep:
             shutil.rmtree(folder, ignore_errors=True)
     print(tally)
