@@ -32,6 +32,7 @@ KINDS = ("driver", "worker", "scorer", "node")
 TITLES = {"worker": "ray::trial ", "scorer": "ray::Scorer"}
 PAUSE = 0.3, 2.5  # seconds between two kills, beside those that it takes to come back
 TRIALS = 24  # of a sweep
+CALM = 0.7  # share of kills that wait until a trial has ended since the last; the others come on top of one another
 SECONDS = 0.8  # that a trial takes
 HANG = 400.0  # seconds in which a sweep must show anything new
 GIVE_UPS = 5  # drivers in a row that may end by themselves without a trial accounted for
@@ -281,13 +282,14 @@ def campaign(
     rng = random.Random(seed)
     order = [KINDS[i % len(KINDS)] for i in range(kills)]
     rng.shuffle(order)
-    plans = [(kind, rng.uniform(*PAUSE), rng.random()) for kind in order]
+    plans = [(kind, rng.uniform(*PAUSE), rng.random(), rng.random() < CALM) for kind in order]
     screen = synthetic.write(folder / "screen.h5ad", synthetic.Screen.small())
     tally, began = Tally(), time.monotonic()
     nodes, run = Nodes(), None
     try:
-        for number, (kind, pause, which) in enumerate(plans):
+        for number, (kind, pause, which, calm) in enumerate(plans):
             time.sleep(pause)
+            before = len(run.known) if run is not None and calm else -1
             if time.monotonic() - began > 60 * minutes:
                 say(f"after {minutes:g} minutes the last {kills - number} kills of {kills} are left out")
                 break
@@ -295,8 +297,8 @@ def campaign(
                 if run is None or run.over():
                     if run is not None:
                         run.end()
-                    run = Run(folder / f"sweep-{tally.sweeps}", screen, nodes.address, tally)
-                if victim := kill(kind, which, nodes, run):
+                    run, before = Run(folder / f"sweep-{tally.sweeps}", screen, nodes.address, tally), calm - 1
+                if len(run.known) > before and (victim := kill(kind, which, nodes, run)):
                     break
                 time.sleep(0.1)
             tally.kills[kind] += 1
