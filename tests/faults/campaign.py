@@ -225,7 +225,7 @@ class Run:
         self.tally.asked += TRIALS
         self.tally.finished += len(finished)
         self.tally.failed += len(failed)
-        self.tally.lost += len(self.changed) + len(self.known.keys() - finished)
+        self.tally.lost += len(self.changed)
         self.tally.begun += len(begun)
         self.tally.twice += len({number for number, at in begun if number in ended and at > ended[number]})
         self.tally.reasons += [f"{record['name']}: {record['error']}" for record in failed.values()]

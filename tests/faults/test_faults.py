@@ -54,12 +54,12 @@ class Filler(pr.ModelSpec):
     path: str = ""
 
     def build(self, vocabulary):
-        with open(self.path, "wb", buffering=0) as file:
-            try:
+        try:
+            with open(self.path, "wb", buffering=0) as file:
                 while True:
                     file.write(bytes(4096))
-            except OSError:
-                pass
+        except OSError:
+            pass
         return FillerNet(vocabulary)
 
 
@@ -90,8 +90,7 @@ def test_a_full_disk_is_said_and_what_was_finished_stays(ray_session, small_scre
 
     ballast.unlink()
     ballast.mkdir()  # where nothing can be written any more
-    harmless = small.plugin(FILLER.replace("with open", "return FillerNet(vocabulary)\n        with open"), "filler")
-    _, plan = small.run(sweep, folder, plugins=[harmless])
+    _, plan = small.run(sweep, folder, plugins=[filler])
     finished, _ = accounted(folder, plan)
     assert len(finished) == len(models)
     assert stored.items() <= small.stamps(folder).items(), "what was finished is left alone"
