@@ -381,7 +381,7 @@ def test_a_home_that_cannot_be_written_is_not_needed(small_screen, tmp_path):
         fault_table.Row(
             fault="a read-only home",
             happens="the token of Ray is one of this run alone, the sweep ends as ever",
-            lost="nothing; the screen is read again each time",
+            lost="nothing; the store of the screen lies among temporary files",
             goes_on="by itself; `PERTURBRAY_CACHE` names a folder for what is read once",
         )
     )
