@@ -23,7 +23,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -88,6 +88,9 @@ class Tally:
     @property
     def good(self) -> bool:
         return not self.lost and not self.twice and self.asked == self.finished + self.failed
+
+    def json(self, *, seed: int) -> str:
+        return json.dumps({**vars(self), "good": self.good, "seed": seed}, indent=1) + "\n"
 
     def __str__(self) -> str:
         kinds = ", ".join(f"{kind} {self.kills[kind]}" for kind in KINDS)
@@ -380,7 +383,7 @@ def main() -> int:
             shutil.rmtree(folder, ignore_errors=True)
     print(tally)
     if asked.json:
-        asked.json.write_text(json.dumps({**asdict(tally), "good": tally.good, "seed": asked.seed}, indent=1) + "\n")
+        asked.json.write_text(tally.json(seed=asked.seed))
     return 0 if tally.good else 1
 
 

@@ -81,3 +81,9 @@ def test_a_trial_run_again_and_a_result_written_again_or_gone_are_counted(tmp_pa
     run.end()
     assert first.exists()
     assert (run.tally.lost, run.tally.twice, run.tally.begun) == (lost, twice, len(begun))
+
+
+def test_the_counts_of_a_campaign_are_json():
+    tally = campaign.Tally(kills=campaign.Counter(driver=2, node=1), asked=24, finished=24)
+    assert json.loads(tally.json(seed=3))["kills"] == {"driver": 2, "node": 1}
+    assert json.loads(tally.json(seed=3))["good"] is True
