@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
@@ -155,7 +156,8 @@ def _run(
 
 
 def _end(plan: Plan, state: str) -> None:
-    table.write_plan(plan.folder, {**table.read_plan(plan.folder), "status": {"state": state}})
+    with suppress(OSError):  # of a full disk, which is told by what it kept from being stored
+        table.write_plan(plan.folder, {**table.read_plan(plan.folder), "status": {"state": state}})
 
 
 def _store(plan: Plan, command: str) -> None:
@@ -223,12 +225,13 @@ class Rounds:
         if keys:
             try:
                 self.tune(keys, folder)
-            except RuntimeError as error:
+            except (RuntimeError, OSError, EOFError) as error:  # the last two: of a full disk
                 self.events.line(f"Ray Tune gave up ({error})")
         if pool is not None:
             failed, _ = pool.drain()
             self.reasons |= {item.name: f"{type(item.error).__name__}: {item.error}" for item in failed}
             pool.revive()
+        table.create(self.plan.folder)  # raises where the disk is full: neither results nor reasons could be stored
 
     def ended(self, key: str, result: Mapping[str, Any]) -> None:
         """What a trial said at its end, in the place of a result."""

@@ -168,14 +168,17 @@ class Checkpoints:
         show(title)
 
     def restore(self) -> dict | None:
-        """The state to go on from, if this trial's process died before."""
+        """The state to go on from, if this trial's process died before; None, the start, where it cannot be read."""
         from perturbray.training import checkpoint
 
         stored = self.tune.get_checkpoint()
         if stored is None:
             return None
-        with stored.as_directory() as folder:
-            return checkpoint.load(folder)
+        try:
+            with stored.as_directory() as folder:
+                return checkpoint.load(folder)
+        except checkpoint.UNREADABLE:  # of a full disk, or a node that died: Tune would hand out the same one for ever
+            return None
 
     def report(self, values: dict[str, float], snapshot: Callable[[], dict]) -> None:
         if time.monotonic() - self.last < self.seconds:

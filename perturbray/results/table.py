@@ -4,6 +4,7 @@ A results folder holds ``sweep.json`` (the plan), ``<key>.parquet`` a finished t
 one, and ``reference.parquet`` where values are known analytically. Whatever else lies there is ignored.
 """
 
+import errno
 import json
 import math
 import os
@@ -26,6 +27,7 @@ from perturbray.errors import InputError
 PLAN = "sweep.json"
 REFERENCE = "reference.parquet"
 FAILED = ".failed.json"
+PROBE = 2**16  # bytes that must find room; a full disk still takes an empty file
 ANCHORS = "anchors"  # a folder, so that no anchor is taken for a trial
 
 ROWS = ("condition", "perturbation", "stratum", "metric", "value", "status")
@@ -50,12 +52,14 @@ def create(folder: str | Path) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / f".{uuid.uuid4().hex}.tmp"
-        probe.touch()
-        probe.unlink()
+        try:
+            probe.write_bytes(bytes(PROBE))
+        finally:
+            probe.unlink(missing_ok=True)
     except OSError as error:
-        raise InputError(
-            f"{folder}: results cannot be written there ({error.strerror}); choose another folder"
-        ) from None
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        way = "make room, and the same command goes on: finished trials are kept" if full else "choose another folder"
+        raise InputError(f"{folder}: results cannot be written there ({error.strerror}); {way}") from None
     return folder
 
 

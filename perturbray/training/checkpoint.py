@@ -1,11 +1,19 @@
 """Checkpoints: a state that restores a fit to the last bit. Tensors and plain values only, so that loading runs no code."""
 
 import os
+import pickle
 from pathlib import Path
 
 import torch
 
 NAME = "checkpoint.pt"
+UNREADABLE = (
+    OSError,
+    RuntimeError,
+    EOFError,
+    ValueError,
+    pickle.UnpicklingError,
+)  # what ``load`` raises of a broken file
 
 
 def save(folder: str | Path, state: dict) -> None:

@@ -1,5 +1,6 @@
 """Nodes that vanish while a sweep runs, and nodes that join and see nothing: the table is the one of one machine."""
 
+import fault_table
 import pytest
 import small
 from nodes import DRIVER, alone, can_hide, cluster, notes, noting
@@ -49,6 +50,22 @@ def test_a_sweep_outlives_the_nodes_of_its_scorers_and_of_its_trials(begin, one_
     assert len(homes["scorer"]) >= 2, "the scorer never moved, and nothing was tested"
     assert not table.failed(tmp_path / "out")
     assert_frame_equal(small.stable(tmp_path / "out"), one_machine, check_exact=True)
+    fault_table.record(
+        fault_table.Row(
+            fault="a spot node that vanishes",
+            happens="its trials are run again on the nodes that are left or join, and the table is the one of one machine",
+            lost="the work of the trials that ran there since their last checkpoint",
+            goes_on="by itself",
+        )
+    )
+    fault_table.record(
+        fault_table.Row(
+            fault="a scorer's node that vanishes",
+            happens="the scorer is started on another node, trials that it held are run again, with the same table",
+            lost="predictions that waited there",
+            goes_on="by itself",
+        )
+    )
 
 
 def test_trials_avoid_a_node_that_joined_and_does_not_see_the_results(begin, one_machine, tmp_path):

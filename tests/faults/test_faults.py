@@ -1,0 +1,387 @@
+"""Faults of a machine, made for real: nothing finished is lost, and every trial is finished or failed with its reason."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import fault_table
+import pytest
+import small
+from nodes import can_hide
+
+import perturbray as pr
+from perturbray.errors import InputError
+from perturbray.plan import Plan
+from perturbray.results import ledger, table
+
+ROOT = Path(__file__).parents[2]
+HANG = 400  # seconds that a driver may take on a busy machine
+pytestmark = pytest.mark.slow
+
+
+def accounted(folder: Path, plan: Plan) -> tuple[set[str], dict[str, dict]]:
+    """The finished trials and the failed ones, which are all, none twice, and each failure with a reason."""
+    finished, failed = table.finished(folder), table.failed(folder)
+    assert finished | failed.keys() == set(plan.trials)
+    assert not finished & failed.keys()
+    assert all(record["error"] for record in failed.values())
+    return finished, failed
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of its own for results, of 3 MB; how to make it larger."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "none", folder], check=False).returncode:
+        pytest.skip("this user may not mount: there is no small disk to fill")
+    yield folder
+    subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+# Fills the disk that results are written to, from within its trial, and leaves the trial as any other.
+FILLER = """
+from dataclasses import dataclass
+
+import perturbray as pr
+
+
+@pr.MODELS.register("filler")
+@dataclass(frozen=True, kw_only=True)
+class Filler(pr.ModelSpec):
+    path: str = ""
+
+    def build(self, vocabulary):
+        try:
+            with open(self.path, "wb", buffering=0) as file:
+                while True:
+                    file.write(bytes(4096))
+        except OSError:
+            pass
+        return FillerNet(vocabulary)
+
+
+class FillerNet(pr.Model):
+    def predict(self, batch):
+        return batch.control
+"""
+
+
+def test_a_full_disk_is_said_and_what_was_finished_stays(ray_session, small_screen, small_disk):
+    filler, ballast = small.plugin(FILLER, "filler"), small_disk / "ballast"
+    models = (pr.NoChange(), pr.MeanShift(), pr.MODELS["filler"](path=str(ballast)), pr.PerturbedMean())
+    folder = small_disk / "out"
+    small.run(small.sweep(small_screen, models[:1]), folder)
+    before = small.stamps(folder)
+    sweep = small.sweep(small_screen, models)
+    with pytest.raises(InputError) as caught:
+        small.run(sweep, folder, plugins=[filler])
+    said = "results cannot be written there (No space left on device); make room, and the same command goes on"
+    assert said in str(caught.value)
+    assert str(folder) in str(caught.value)
+    stored = {name: stamp for name, stamp in small.stamps(folder).items() if name != table.REFERENCE}
+    before.pop(table.REFERENCE, None)
+    assert before.items() <= stored.items()
+    table.read(folder, keys=table.finished(folder))  # what is there can be read
+    with pytest.raises(InputError, match="No space left on device"):
+        small.run(sweep, folder, plugins=[filler])  # still full: said again, before anything is trained
+
+    ballast.unlink()
+    ballast.mkdir()  # where nothing can be written any more
+    _, plan = small.run(sweep, folder, plugins=[filler])
+    finished, _ = accounted(folder, plan)
+    assert len(finished) == len(models)
+    assert stored.items() <= small.stamps(folder).items(), "what was finished is left alone"
+    fault_table.record(
+        fault_table.Row(
+            fault="a full disk",
+            happens=f"the sweep ends after the trials under way: `{said}`",
+            lost="trials that ended while there was no room",
+            goes_on="make room, the same command",
+        )
+    )
+
+
+# Writes over the checkpoint that its trial would go on from, and dies.
+SPOILER = """
+import os
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+
+import perturbray as pr
+import perturbray.process
+
+perturbray.process.Checkpoints.__init__.__kwdefaults__["seconds"] = 0.0  # at every epoch
+
+
+@pr.MODELS.register("spoiler")
+@dataclass(frozen=True, kw_only=True)
+class Spoiler(pr.LatentAdditive):
+    out: str = ""
+
+    def build(self, vocabulary):
+        net = super().build(vocabulary)
+        loss = net.loss
+
+        def spoiling(batch):
+            flag = Path(self.out).with_suffix(".flag")
+            stored = list(Path(self.out, "tune").rglob("checkpoint.pt"))
+            if stored and not flag.exists():
+                for path in stored:
+                    os.truncate(path, path.stat().st_size // 2)
+                flag.touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+            return loss(batch)
+
+        net.loss = spoiling
+        return net
+"""
+
+
+def test_a_checkpoint_that_cannot_be_read_starts_its_trial_again(ray_session, small_screen, tmp_path):
+    spoiler = small.plugin(SPOILER, "spoiler")
+    spoilt, folder = pr.MODELS["spoiler"], tmp_path / "out"
+    sweep = small.sweep(small_screen, (spoilt(width=8, latent_dim=4, out=str(folder)), pr.MeanShift()))
+    _, plan = small.run(sweep, folder, plugins=[spoiler])
+    assert folder.with_suffix(".flag").exists(), "no checkpoint was there to be spoilt"
+    finished, failed = accounted(folder, plan)
+    assert len(finished) == 2, failed
+    small.run(small.sweep(small_screen, (pr.LatentAdditive(width=8, latent_dim=4),)), tmp_path / "plain")
+    values, expected = table.read(folder), table.read(tmp_path / "plain")
+    values = values[values["model"] == "spoiler"]
+    assert values["value"].tolist() == expected["value"].tolist(), "the numbers of a trial that nothing disturbed"
+    fault_table.record(
+        fault_table.Row(
+            fault="a corrupt checkpoint",
+            happens="the trial begins again, once, and ends with the numbers of one that nothing disturbed",
+            lost="that trial's epochs until then",
+            goes_on="by itself",
+        )
+    )
+
+
+def test_files_that_were_cut_off_are_named_and_only_they_are_made_again(ray_session, small_screen, tmp_path):
+    folder = tmp_path / "out"
+    sweep = small.sweep(small_screen, (pr.NoChange(), pr.MeanShift(), pr.PerturbedMean()))
+    _, plan = small.run(sweep, folder)
+    states = [path for path in (folder / "tune").rglob("*.json") if path.is_file()]
+    assert states, "Tune keeps no state, so that none can be cut off"
+    for path in (*states, folder / table.PLAN):
+        os.truncate(path, path.stat().st_size // 2)
+    with pytest.raises(InputError, match=r"sweep\.json: not readable JSON .*run the sweep again, which rewrites it"):
+        table.read(folder)
+    spoilt = folder / f"{min(plan.trials)}.parquet"
+    stamps = small.stamps(folder)
+    os.truncate(spoilt, spoilt.stat().st_size // 2)
+    ran, _ = small.run(sweep, folder)
+    assert ran == 0, "neither Tune's state nor the plan decides what is finished"
+    with pytest.raises(InputError) as caught:
+        table.read(folder)
+    said = "delete it and run the sweep again, which repeats only it"
+    assert str(caught.value).startswith(f"{spoilt}: not a readable Parquet file")
+    assert str(caught.value).endswith(said)
+
+    spoilt.unlink()
+    (folder / f"{min(plan.trials)}{table.FAILED}").write_text('{"key": "')  # a record cut off as well
+    ran, _ = small.run(sweep, folder)
+    assert ran == 1
+    assert accounted(folder, plan)[0] == set(plan.trials)
+    for name in (spoilt.name, table.REFERENCE):
+        stamps.pop(name, None)
+    assert stamps.items() <= small.stamps(folder).items()
+
+    records = tmp_path / "search"
+    records.mkdir()
+    ledger.write_record(records, {"key": "0123456789abcdef", "number": 0})
+    os.truncate(records / "0123456789abcdef.json", 9)
+    with pytest.raises(InputError, match="delete it, and that trial is run again"):
+        ledger.read_records(records)
+    fault_table.record(
+        fault_table.Row(
+            fault="a truncated state file",
+            happens=f"Tune's state is never read again and the plan is written anew; of a result: `{said}`",
+            lost="nothing, or the one trial whose result is cut off",
+            goes_on="delete the file that the message names, the same command",
+        )
+    )
+
+
+GREEDY = """
+from dataclasses import dataclass
+
+import numpy as np
+
+import perturbray as pr
+
+
+@pr.MODELS.register("greedy")
+@dataclass(frozen=True, kw_only=True)
+class Greedy(pr.ModelSpec):
+    def build(self, vocabulary):
+        np.ones(2**46)
+"""
+
+
+def driver(tmp_path: Path, screen: Path, *, begin: str = "", plugin: str = "", wrap=(), **environment: str) -> str:
+    """A sweep of the three small models and a plugin's, by a process of its own; what it said."""
+    source = f"""
+import sys
+from pathlib import Path
+
+import small
+
+import perturbray as pr
+
+{begin}
+sources = {[plugin] if plugin else []!r}
+plugins = [small.plugin(source, "own") for source in sources]
+models = [*small.MODELS, *(pr.MODELS[name]() for name in {["greedy"] if plugin else []!r})]
+class Told(small.Record):
+    def connected(self, cluster, placement, folder):
+        import ray
+        print("nodes:", *[node["NodeID"] for node in ray.nodes()], flush=True)
+try:
+    small.run(small.sweep(Path({str(screen)!r}), models), Path({str(tmp_path / "out")!r}), plugins=plugins, events=Told())
+except ExceptionGroup as group:
+    print(group.message)
+"""
+    paths = [str(ROOT), str(ROOT / "tests" / "engine")]
+    environment = {"PERTURBRAY_CACHE": str(tmp_path / "cache"), "PYTHONPATH": os.pathsep.join(paths), **environment}
+    ended = subprocess.run(
+        [*wrap, sys.executable, "-c", source],
+        env={name: value for name, value in {**os.environ, **environment}.items() if value},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=HANG,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stdout
+    return ended.stdout
+
+
+def plan_of(screen: Path, folder: Path, *more) -> Plan:
+    return Plan.of(small.sweep(screen, (*small.MODELS, *more)), folder)
+
+
+def test_memory_that_runs_out_fails_the_trials_with_a_reason(small_screen, tmp_path):
+    asked = driver(tmp_path / "one", small_screen, plugin=GREEDY)
+    assert "1 of 4 trials failed" in asked
+    small.plugin(GREEDY, "own")
+    finished, failed = accounted(
+        tmp_path / "one" / "out", plan_of(small_screen, tmp_path / "one" / "out", pr.MODELS["greedy"]())
+    )
+    (reason,) = [record["error"] for record in failed.values()]
+    assert "Unable to allocate" in reason
+    assert len(finished) == 3
+
+    # A machine that is always above the limit of Ray's monitor: it kills whatever works.
+    said = driver(
+        tmp_path / "two", small_screen, RAY_memory_usage_threshold="0.01", RAY_memory_monitor_refresh_ms="100"
+    )
+    finished, failed = accounted(tmp_path / "two" / "out", plan_of(small_screen, tmp_path / "two" / "out"))
+    assert failed, said
+    ran = driver(tmp_path / "two", small_screen)
+    assert "failed" not in ran
+    assert not accounted(tmp_path / "two" / "out", plan_of(small_screen, tmp_path / "two" / "out"))[1]
+    fault_table.record(
+        fault_table.Row(
+            fault="memory that runs out",
+            happens="the trial that asks too much fails as `Unable to allocate`, and others go on; where Ray's memory monitor "
+            "kills processes, their trials are run again, and failed with that reason if it goes on",
+            lost="nothing finished",
+            goes_on="lower the trials at once or give the search `trial_memory_gb`; the same command tries failed ones again",
+        )
+    )
+
+
+def test_an_object_store_that_fills_moves_to_disk(small_screen, tmp_path):
+    begin = f"""
+import numpy as np
+import ray
+
+ray.init(
+    address="local", num_cpus=2, include_dashboard=False, object_store_memory=80 * 2**20, log_to_driver=False,
+    object_spilling_directory={str(tmp_path / "spilled")!r},
+)
+held = [ray.put(np.full(20 * 2**20, i, np.uint8)) for i in range(8)]
+"""
+    (tmp_path / "spilled").mkdir()
+    check = "\nimport atexit\natexit.register(lambda: print('spilled', sum(f.stat().st_size for f in Path("
+    check += f"{str(tmp_path / 'spilled')!r}).rglob('*') if f.is_file()) > 2**20))"
+    said = driver(tmp_path, small_screen, begin=begin + check)
+    assert "spilled True" in said
+    assert len(accounted(tmp_path / "out", plan_of(small_screen, tmp_path / "out"))[0]) == 3
+    fault_table.record(
+        fault_table.Row(
+            fault="an object store that fills",
+            happens="Ray moves objects to its spilling folder, and the sweep ends as ever",
+            lost="time",
+            goes_on="by itself",
+        )
+    )
+
+
+def test_a_sweep_joins_no_other_ray_of_its_host(ray_session, small_screen, tmp_path):
+    import ray
+
+    theirs = {node["NodeID"] for node in ray.nodes()}
+    said = driver(tmp_path, small_screen, RAY_ADDRESS="")
+    (line,) = [line for line in said.splitlines() if line.startswith("nodes: ")]
+    assert len(line.split()) == 2
+    assert not theirs & set(line.split())
+    assert {node["NodeID"] for node in ray.nodes() if node["Alive"]} == theirs
+    assert len(accounted(tmp_path / "out", plan_of(small_screen, tmp_path / "out"))[0]) == 3
+    fault_table.record(
+        fault_table.Row(
+            fault="another Ray on the same host",
+            happens="without `--address` the sweep starts a Ray of its own beside it, and the other is as it was",
+            lost="nothing",
+            goes_on="by itself; `--address` where the other is meant",
+        )
+    )
+
+
+def mounted(options: str, place: Path) -> list[str]:
+    """Words in front of a command that sees an empty file system in a place."""
+    if not can_hide() or shutil.which("unshare") is None:
+        pytest.skip("this user may not mount")
+    return ["unshare", "--mount", "sh", "-c", f"mount -t tmpfs -o {options} none '{place}' && exec \"$@\"", "sh"]
+
+
+def test_a_small_shared_memory_mount_suffices(small_screen, tmp_path):
+    driver(tmp_path, small_screen, wrap=mounted("size=64m", Path("/dev/shm")))
+    assert len(accounted(tmp_path / "out", plan_of(small_screen, tmp_path / "out"))[0]) == 3
+    fault_table.record(
+        fault_table.Row(
+            fault="a small shared-memory mount",
+            happens="Ray keeps its object store on the disk instead, which is slower, and the sweep ends as ever",
+            lost="time",
+            goes_on="by itself; a container is better given `--shm-size`",
+        )
+    )
+
+
+def test_a_home_that_cannot_be_written_is_not_needed(small_screen, tmp_path):
+    (tmp_path / "home").mkdir()
+    lines = driver(
+        tmp_path,
+        small_screen,
+        wrap=mounted("ro,size=64k", tmp_path / "home"),
+        HOME=str(tmp_path / "home"),
+        RAY_AUTH_TOKEN="",
+        PERTURBRAY_CACHE="",
+    )
+    assert "failed" not in lines
+    assert len(accounted(tmp_path / "out", plan_of(small_screen, tmp_path / "out"))[0]) == 3
+    fault_table.record(
+        fault_table.Row(
+            fault="a read-only home",
+            happens="the token of Ray is one of this run alone, the sweep ends as ever",
+            lost="nothing; the store of the screen lies among temporary files",
+            goes_on="by itself; `PERTURBRAY_CACHE` names a folder for what is read once",
+        )
+    )
