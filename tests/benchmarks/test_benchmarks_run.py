@@ -45,6 +45,11 @@ SCRIPTS = {
         "ratios": {"noop_over_tune"},
         "figures": {"seconds_per_noop_trial", "memory_of_trials_many_gb", "copies_of_the_screen"},
     },
+    "scale.py": {
+        "parts": "folder,noop",
+        "ratios": {"last_over_first_seconds", "last_over_first_driver_cpu_s"},
+        "figures": {"result_files", "report_cpu_s", "report_peak_gb", "driver_cpu_s_a_trial", "tune_files_a_trial"},
+    },
 }
 
 
