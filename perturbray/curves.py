@@ -104,7 +104,7 @@ def keepers(what: Callable[[dict], Mapping[str, object]]) -> list:
     from ray.tune.logger import LoggerCallback
     from ray.tune.result import AUTO_RESULT_KEYS
 
-    none = {*OURS, *AUTO_RESULT_KEYS, "done"}
+    none = {*OURS, *AUTO_RESULT_KEYS, "done", "should_checkpoint"}
 
     class Unstored:
         """Tune pickles its callbacks, and never needs them back."""
@@ -120,12 +120,13 @@ def keepers(what: Callable[[dict], Mapping[str, object]]) -> list:
             self.logs: dict[str, Log] = {}
 
         def log_trial_start(self, trial):
-            log = self.logs[trial.trial_id] = Log(Path(trial.storage.trial_fs_path))
-            log.add(summary=started(trial.trial_id, what(trial.config)))
+            place = Path(trial.storage.trial_fs_path)
+            log = self.logs[trial.trial_id] = Log(place)
+            log.add(summary=started(place.name, what(trial.config)))
             log.flush()
 
         def log_trial_result(self, iteration, trial, result):
-            found = {k: v for k, v in result.items() if k not in none and isinstance(v, int | float)}
+            found = {k: v for k, v in result.items() if k not in none and isinstance(v, int | float) and v == v}
             step = int(result.get("epoch", result.get("epochs", iteration)))
             if found and (log := self.logs.get(trial.trial_id)):
                 log.add(step=step, summary=scalars(found))
