@@ -14,6 +14,7 @@ import numpy as np
 
 from perturbray import plugin, scoring
 from perturbray.cluster import connect, settle
+from perturbray.curves import keepers
 from perturbray.data.dataset import DatasetSpec, open_screen, target_sum
 from perturbray.data.loading import Delivery
 from perturbray.data.splits import TRAIN
@@ -125,7 +126,7 @@ def _run(
             sweep=plan.sweep.name,
             marker=tune_folder,
             plugins=plugins,
-            trials=cloudpickle.dumps(plan.trials),
+            trials={key: cloudpickle.dumps(trial) for key, trial in plan.trials.items()},
             conditions=plan.conditions,
             blocks=shared_stores,
             windows=deliver(stores, placement, events, nodes=cluster.shared),
@@ -272,8 +273,7 @@ class Rounds:
                 name=folder.name,
                 storage_path=str(folder.parent.resolve()),
                 failure_config=tune.FailureConfig(max_failures=2),  # of a process: errors of a trial do not reach Tune
-                checkpoint_config=tune.CheckpointConfig(num_to_keep=1),
-                callbacks=[_callback(self)],
+                callbacks=[_callback(self), *keepers(lambda config: self.plan.trials[config["key"]].columns())],
                 verbose=0,
             ),
         )

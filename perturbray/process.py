@@ -35,7 +35,7 @@ class Shared:
     sweep: str  # its name
     marker: Path  # a folder made by this round: who does not see it does not see the results
     plugins: tuple[plugin.Plugin, ...]
-    trials: bytes  # pickled {key: Trial}; opened once the plugins that define the specs are installed
+    trials: dict[str, bytes]  # pickled one by one: a trial opens its own, once the plugins that define it are installed
     conditions: dict[DatasetSpec, Conditions]
     blocks: dict[DatasetSpec, "Blocks"]  # noqa: F821  # imports ray
     windows: dict[DatasetSpec, "Windows | None"]  # noqa: F821  # imports ray; None: cells are mapped and not streamed
@@ -93,7 +93,7 @@ def train(config: dict, *, shared: Shared) -> None:
         tune.report({"failed": 1, BLIND: node()})
         return
     plugin.install(shared.plugins)
-    trial: Trial = pickle.loads(shared.trials)[key]
+    trial: Trial = pickle.loads(shared.trials[key])
     try:
         with one_thread():
             checkpoints = Checkpoints(tune, title=f"trial {shared.sweep} {trial.name} {key}")

@@ -21,6 +21,7 @@ import cloudpickle
 from perturbray import plugin
 from perturbray.cluster import Cluster, connect, settle
 from perturbray.course import Course, SearchError, reason
+from perturbray.curves import keepers
 from perturbray.data.dataset import Conditions, open_screen, target_sum
 from perturbray.engine import ROUNDS, deliver
 from perturbray.errors import InputError
@@ -209,6 +210,10 @@ def _fit(
 
     searcher, scheduler, callback = _adapters(course, _Lines(course, events))
     setting = replace(setting, marker=tune_folder.resolve())
+
+    def what(config: dict) -> dict:
+        return course.search.trial(config["values"]).columns()
+
     tuner = tune.Tuner(
         trainable(train, placement, name=f"trial {course.folder.name}", setting=setting),
         tune_config=tune.TuneConfig(
@@ -223,8 +228,7 @@ def _fit(
             name=tune_folder.name,
             storage_path=str(tune_folder.parent.resolve()),
             failure_config=tune.FailureConfig(max_failures=DEATHS),
-            checkpoint_config=tune.CheckpointConfig(num_to_keep=1),
-            callbacks=[callback, *trackers(track, course)],
+            callbacks=[callback, *keepers(what), *trackers(track, course)],
             verbose=0,
         ),
     )

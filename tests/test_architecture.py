@@ -63,6 +63,7 @@ RAY_MODULES = {
     "embeddings.run",
     "nodes",
     "process",
+    "curves",
     "tuning",
     "clusterfile.launcher",  # asks Ray's launcher what it says of a cluster file
 }

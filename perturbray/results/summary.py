@@ -18,7 +18,7 @@ from perturbray.results import intervals, marks
 from perturbray.results.anchors import REPLICATE, Anchors
 from perturbray.results.cube import UNDEFINED, Cube
 from perturbray.results.scales import Scale
-from perturbray.results.table import replace_file, trials
+from perturbray.results.table import BESIDE, ROWS, replace_file, trials
 
 COMMON = "common"
 
@@ -130,7 +130,7 @@ def summarise(
         raise InputError(f"no finished trial is of {reference!r}: {nearest(reference, runs['series'])}")
     bootstrap = {"resamples": resamples, "seed": seed}
     means, differences, changes, common_cube = [], [], [], None
-    rows = table.merge(runs[["key", "series", "level", "x", "split_seed"]], on="key") if len(table) else table
+    rows = _narrow(table).merge(runs[["key", "series", "level", "x", "split_seed"]], on="key") if len(table) else table
     for stratum in sorted(set(table["stratum"].dropna()), key=lambda name: (name != COMMON, name)):
         cube = Cube.of(rows[rows["stratum"] == stratum], bootstrap=bootstrap)
         frame = _means(cube, runs=runs, stratum=stratum)
@@ -222,6 +222,12 @@ def _controls(rows: pd.DataFrame, plan: Mapping) -> dict:
     if len(share):
         found |= {"share": float(np.median(share)), "low": float(share.min()), "high": float(share.max())}
     return found
+
+
+def _narrow(table: pd.DataFrame) -> pd.DataFrame:
+    """Without the columns of a trial that no statistic asks for: of ten thousand trials each copy of them would take GBs."""
+    asked = {*ROWS, *BESIDE, "key", "model", "dataset", "split", "ablation", "seed", "controls"}
+    return table[[name for name in table.columns if name in asked or name.startswith("covariate.")]]
 
 
 def _runs(table: pd.DataFrame, plan: Mapping) -> pd.DataFrame:

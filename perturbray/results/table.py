@@ -43,6 +43,10 @@ VOLATILE = (
 )
 """Columns that differ between two runs of one trial; every other column is equal, value for value."""
 
+LAYOUT = {"compression": "none", "write_statistics": False}
+"""Of a file with some eighty columns, most of them constant: statistics would weigh more than the values, and to set up a
+decompressor for each column takes more than half of the time of reading thousands of files, which it hardly makes smaller."""
+
 _KEY = re.compile(r"[A-Za-z0-9_-]+")
 
 
@@ -301,9 +305,7 @@ def _finished_files(folder: Path) -> dict[str, tuple[int, int]]:
 
 
 def write_parquet(path: Path, content: pa.Table) -> None:
-    # Statistics of some sixty columns would weigh more than the values, and slow down reading thousands of files.
-    options = {"compression": "zstd", "write_statistics": False}
-    replace_file(path, lambda target: pq.write_table(content, target, **options))
+    replace_file(path, lambda target: pq.write_table(content, target, **LAYOUT))
 
 
 def _read_parquet(path: Path, *, columns: list[str] | None = None) -> pa.Table:

@@ -51,6 +51,11 @@ SCRIPTS = {
         "figures": {"sweep_two_wall_s", "cells_a_second_mapped_here", "cells_a_second_4_readers_there"},
         "bounds": {"sweep_tables_that_differ": 0.5},
     },
+    "scale.py": {
+        "parts": "folder,noop",
+        "ratios": {"last_over_first_seconds", "last_over_first_driver_cpu_s"},
+        "figures": {"result_files", "report_cpu_s", "report_peak_gb", "driver_cpu_s_a_trial", "tune_files_a_trial"},
+    },
 }
 
 
