@@ -116,7 +116,8 @@ def test_a_curve_of_tensorboard_is_that_of_the_results(swept):
         if stored:
             assert curves["best_loss"] == [(len(stored), pytest.approx(min(watched for *_, watched in stored)))]
         else:
-            assert set(curves) == {"epochs"}  # nothing of Tune's own bookkeeping, and no number that is none
+            # Nothing of Tune's own bookkeeping, and no number that is none.
+            assert {"epochs"} <= set(curves) <= {"epochs", "memory_mb", "gpu_memory_mb", "gpu_percent"}
     assert sum(len(json.loads(text)) for text in rows["curve"]) == 2 * 2  # a gradient model, two epochs, two seeds
 
 
