@@ -177,7 +177,8 @@ BLOCKS = {  # of the page, by section
 
 
 def test_the_page_says_of_every_section_that_nobody_has_run_it():
-    assert list(BLOCKS) == ["The file system of `cluster.yaml`", "Google Cloud", "Kubernetes", "Slurm"]
+    with_scripts = [section for section, blocks in BLOCKS.items() if blocks]
+    assert with_scripts == ["The file system of `cluster.yaml`", "Google Cloud", "Kubernetes", "Slurm"]
     assert all("ot tested" in part.split("```")[0] for part in PAGE.split("\n## ")[1:])
 
 

@@ -19,7 +19,7 @@ PACKAGE = Path(__file__).parents[1] / "perturbray"
 
 # Where a pickle is opened, and why that is no file from others.
 OPENED = {
-    ("engine.py", "pickle.loads"): "trials, from the driver through Ray's object store",
+    ("process.py", "pickle.loads"): "a trial, from the driver through Ray's object store",
     ("tuning.py", "pickle.loads"): "the search, from the driver through Ray's object store",
     ("metrics/pool.py", "ray.cloudpickle.loads"): "references, from the driver",
     ("metrics/pool.py", "pickle.loads"): "an error that was pickled in the same line",

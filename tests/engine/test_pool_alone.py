@@ -41,6 +41,8 @@ def test_it_scores_arrays(pool, tmp_path):
     pairs = np.random.default_rng(0).normal(size=(6, 2, 30))
 
     def work(number: int, held: np.ndarray) -> None:
+        from perturbray.metrics import SCORES  # not the caller's, with what its plugins have registered
+
         np.save(tmp_path / f"{number}.npy", SCORES["cosine"](*held[number]))
 
     scorers = pool(work, ray.put(pairs))

@@ -17,7 +17,7 @@ from perturbray.data.splits import TEST
 from perturbray.metrics.metric import Metric
 from perturbray.placement import Placement
 from perturbray.plan import Plan
-from perturbray.results import table
+from perturbray.results import live, table
 from perturbray.results.summary import summarise
 from perturbray.trial import run as run_here
 
@@ -68,7 +68,7 @@ def finished(ray_session, small_screen, tmp_path_factory):
 def test_a_sweep_leaves_a_file_for_each_trial_the_plan_and_the_reference(finished):
     folder, plan, _ = finished
     files = {path.name for path in folder.iterdir() if path.is_file()}
-    assert files == {f"{key}.parquet" for key in plan.trials} | {table.PLAN, table.REFERENCE}
+    assert files == {f"{key}.parquet" for key in plan.trials} | {table.PLAN, table.REFERENCE, live.FILE}
     stored = table.read_plan(folder)
     assert [trial["key"] for trial in stored["trials"]] == list(plan.trials)
     assert stored["headline"] == [metric.name for metric in small.METRICS]
