@@ -112,6 +112,8 @@ class Cluster:
                 env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), **environment},
                 stdout=log,
                 stderr=log,
+                # A background job's children ignore it otherwise.
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
             )
         return Driver(process, place)
 
