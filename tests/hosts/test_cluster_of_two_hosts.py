@@ -156,6 +156,8 @@ def test_a_worker_that_was_lost_comes_back(cluster, dashboard):
         cluster.wait_for_both(dashboard)
         for port in ports:  # its agents come after it
             launched.wait(lambda port=port: launched.listens(cluster.hosts.b.address, port), HANG, f"port {port} of b")
+    assert ports
+    assert all(launched.listens(cluster.hosts.b.address, port) for port in ports)
 
 
 def test_who_has_no_token_gets_nothing_from_the_dashboard_and_the_job_api(cluster, dashboard):
