@@ -50,7 +50,7 @@ class Summary:
         present = set(self.means["metric"]) if len(self.means) else set()
         return [name for name in self.plan.get("headline") or self.scales if name in present]
 
-    @property
+    @cached_property
     def series(self) -> list[str]:
         """Series with finished trials, in the plan's order of models, so that it does not change as trials end."""
         planned = [trial.get("columns", {}).get("model") for trial in self.plan.get("trials", ())]
@@ -59,7 +59,7 @@ class Summary:
         found = found.assign(place=found["model"].map(place).fillna(len(place)))
         return list(found.sort_values(["place", "series"])["series"])
 
-    @property
+    @cached_property
     def baselines(self) -> set[str]:
         """Those series that are baselines."""
         return set(self.trials.loc[self.trials["baseline"], "series"])
@@ -135,8 +135,9 @@ def summarise(
     means, differences, changes, common_cube = [], [], [], None
     if len(rows):
         rows = rows.merge(runs[["key", "series", "level", "x", "split_seed"]], on="key")
+    common = _of_stratum(rows, COMMON)
     for stratum in sorted(set(rows["stratum"].dropna()), key=lambda name: (name != COMMON, name)):
-        cube = Cube.of(rows[rows["stratum"] == stratum], bootstrap=bootstrap)
+        cube = Cube.of(common if stratum == COMMON else _of_stratum(rows, stratum), bootstrap=bootstrap)
         frame = _means(cube, runs=runs, stratum=stratum)
         difference, places = _differences(cube, frame, scales=scales, reference=reference)
         means.append(frame.merge(places, on=["metric", "level", "series"], how="left"))
@@ -145,7 +146,6 @@ def summarise(
             common_cube = cube
             changes.append(_changes(cube, levels=_levels(runs), scales=scales))
     means = _stack(means, MEANS)
-    common = rows[rows["stratum"] == COMMON] if len(rows) else rows
     lost = means[(means["stratum"] == COMMON) & ((means["failed"] > 0) | (means["status"] == "failed_prediction"))]
     truth = _truth(rows, runs, analytic) if analytic is not None and len(rows) else pd.DataFrame()
     found = Summary(
@@ -167,8 +167,9 @@ def summarise(
 
 def summary_of(folder: str | Path, *, reader: Reader | None = None) -> Summary:
     """Of a results folder as it is now, with its anchors and what is known analytically."""
-    results = (reader or Reader(folder)).read()
-    return summarise(results, read_plan(folder), analytic=read_reference(folder), anchors=read_anchors(folder))
+    plan, results = read_plan(folder), (reader or Reader(folder)).read()
+    anchors = read_anchors(folder, keys=plan.get("anchors", ()))
+    return summarise(results, plan, analytic=read_reference(folder), anchors=anchors)
 
 
 MEANS = [
@@ -233,6 +234,12 @@ def _controls(rows: pd.DataFrame, plan: Mapping) -> dict:
     if len(share):
         found |= {"share": float(np.median(share)), "low": float(share.min()), "high": float(share.max())}
     return found
+
+
+def _of_stratum(rows: pd.DataFrame, stratum: str) -> pd.DataFrame:
+    """Its rows; not a copy where there is no other stratum."""
+    inside = rows["stratum"] == stratum
+    return rows if inside.all() else rows[inside]
 
 
 def _runs(trials: pd.DataFrame, plan: Mapping) -> pd.DataFrame:
