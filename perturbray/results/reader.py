@@ -5,6 +5,8 @@ Here a trial is one row of a frame of its own, and beside the values stand only 
 a statistic that asks for another one of the trial adds it to ``BY``.
 """
 
+import base64
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from perturbray.results import table
 
@@ -50,12 +53,23 @@ class Reader:
         self._parts |= {key: (files[key], part) for key, part in zip(new, parts, strict=True)}
         return _results([self._parts[key][1] for key in present], others=len(files) - len(present))
 
-    def _part(self, content: pa.Table) -> "_Part":
-        schema = content.schema
-        name = schema.serialize().to_pybytes()  # quicker than the hash of a schema, which is made in Python
-        kind = self._kinds.get(name) or self._kinds.setdefault(name, _Kind.of(schema))
-        values = [content.column(at)[0].as_py() for at in kind.constant] if len(content) else []
-        return _Part(kind=kind, values=values, rows=content.select(kind.varying))
+    def _part(self, file: pq.ParquetFile) -> "_Part":
+        facts = file.metadata.metadata or {}
+        stored = facts.get(b"ARROW:schema", b"")
+        kind = self._kinds.get(stored)
+        if kind is None:
+            kind = _Kind.of(file.schema_arrow, stored)
+            if stored:
+                self._kinds[stored] = kind
+        values = kind.said(facts.get(table.CONSTANT)) if kind.trusted else None
+        rows = table.content(file) if values is None else file.read(columns=kind.varying, use_threads=False)
+        if not len(rows):
+            return _Part(kind=kind, values=[], rows=rows)
+        values = [rows.column(name)[0].as_py() for name in kind.schema.names] if values is None else values
+        return _Part(kind=kind, values=values, rows=rows.select(kind.varying).replace_schema_metadata())
+
+
+_TYPES = {pa.int64(): int, pa.float64(): float, pa.bool_(): bool, pa.null(): type(None), pa.string(): str}
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,14 +77,33 @@ class _Kind:
     """What the columns of some files are: of a few kinds among ten thousand files."""
 
     schema: pa.Schema  # of the constant columns
-    constant: list[int]
-    varying: list[int]
+    varying: list[str]
+    types: list[type | None]  # of the constant columns' values as JSON gives them; None: it does not
+    trusted: bool  # a footer goes with the columns: it was not taken over with a table that was changed since
 
     @classmethod
-    def of(cls, schema: pa.Schema) -> "_Kind":
-        varying = [at for at, name in enumerate(schema.names) if table.varies(name)]
-        constant = [at for at, name in enumerate(schema.names) if not table.varies(name)]
-        return cls(pa.schema([schema.field(at) for at in constant]), constant, varying)
+    def of(cls, schema: pa.Schema, stored: bytes) -> "_Kind":
+        """``stored``: the schema that its writer was given, as Arrow keeps it; what else a footer holds is not in it."""
+        constant = pa.schema([field for field in schema if not table.varies(field.name)])
+        kinds = [field.type.value_type if pa.types.is_dictionary(field.type) else field.type for field in constant]
+        given = pa.ipc.read_schema(pa.py_buffer(base64.b64decode(stored))) if stored else schema
+        return cls(
+            schema=constant,
+            varying=[name for name in schema.names if table.varies(name)],
+            types=[_TYPES.get(kind) for kind in kinds],
+            trusted=bool(stored) and table.CONSTANT not in (given.metadata or {}),
+        )
+
+    def said(self, footer: bytes | None) -> list | None:
+        """The values of the constant columns by a footer; None where it does not say them."""
+        try:
+            said = json.loads(footer or b"null")
+        except ValueError:
+            return None
+        if not isinstance(said, dict) or len(said) != len(self.types):
+            return None
+        values = [said.get(name) for name in self.schema.names]
+        return values if [type(value) for value in values] == self.types else None
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 from engine import sweep
 from harness import Report, parser
@@ -69,10 +68,10 @@ def multiply(source: Path, folder: Path, *, trials: int) -> Path:
         part = parts[trial["key"]]
         changes = {"key": key, "name": name, "seed": seed, "variant": variant}
         changes |= {"split.seed": seed} if "split.seed" in part.column_names else {}
-        arrays = {column: part[column] for column in part.column_names}
-        arrays |= {column: table._constant(value, len(part)) for column, value in changes.items()}
-        arrays["value"] = pa.array(part["value"].to_numpy() * (1 + 0.01 * rng.normal(size=len(part))))
-        pq.write_table(pa.table(arrays), folder / f"{key}.parquet", **table.LAYOUT)
+        rows = {column: part[column].to_numpy() for column in part.column_names if table.varies(column)}
+        rows["value"] = rows["value"] * (1 + 0.01 * rng.normal(size=len(part)))
+        constant = {name: part[name][0].as_py() for name in part.column_names if not table.varies(name)}
+        table.write_trial(folder, key, columns=constant | changes, rows=rows)
         made.append({"key": key, "name": name, "columns": {**trial["columns"], **changes}})
     table.write_plan(folder, {**plan, "trials": made, "status": {"state": "done"}})
     for path in [source / table.REFERENCE, *(source / table.ANCHORS).glob("*.parquet")]:

@@ -1,7 +1,11 @@
 """Tests of reading a folder that fills: whatever the files are, what is read is the whole table, taken apart."""
 
+import json
+
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from fake_sweep import anchored_sweep, fake_rows, fake_sweep, finish
 
@@ -10,6 +14,7 @@ from perturbray.results.reader import Reader, Results
 from perturbray.results.report import write_report
 
 ROWS = fake_rows("decoder", level=0.1, seed=3)
+CONSTANT = table.CONSTANT.decode()
 
 
 def same(found: Results, expected: Results) -> None:
@@ -45,6 +50,71 @@ def test_what_is_read_is_the_whole_table_taken_apart(trials, tmp_path):
     same(Reader(folder).read(), Results.of(table.read(folder)))
 
 
+def rewritten(path, change=lambda content: content, **footer: str) -> None:
+    """The file as another tool writes it, with a footer of its own."""
+    content = change(pq.read_table(path))
+    with pq.ParquetWriter(path, content.schema) as writer:
+        writer.write_table(content)
+        writer.add_key_value_metadata(footer)
+
+
+CHANGED = {
+    "no footer": (lambda content: content.replace_schema_metadata(), {}),
+    "a footer that is older than the columns": (
+        lambda content: content.set_column(2, "model", pa.array(["changed"] * len(content)).dictionary_encode()),
+        {},
+    ),
+    "another footer": (lambda content: content.replace_schema_metadata({"other": "1"}), {"and": "more"}),
+    "a footer that is no JSON": (lambda content: content.replace_schema_metadata(), {CONSTANT: "{"}),
+    "a footer of other things": (lambda content: content.replace_schema_metadata(), {CONSTANT: "[1, 2]"}),
+    "a footer of other columns": (
+        lambda content: content.replace_schema_metadata(),
+        {CONSTANT: '{"key": "x", "name": "x", "mean": "x", "seed": 1}'},
+    ),
+    "a footer of other types": (
+        lambda content: content.replace_schema_metadata(),
+        {CONSTANT: '{"key": "x", "name": "x", "model": 1.5, "seed": "1"}'},
+    ),
+    "no rows": (lambda content: content[:0].replace_schema_metadata(), {}),
+    "no rows, and a footer": (
+        lambda content: content[:0].replace_schema_metadata(),
+        {CONSTANT: '{"key": "x", "name": "x", "model": "x", "seed": 1}'},
+    ),
+}
+
+
+@pytest.mark.parametrize(("change", "footer"), CHANGED.values(), ids=CHANGED)
+def test_a_footer_is_believed_only_where_it_goes_with_the_columns(change, footer, tmp_path):
+    folder = folder_of(tmp_path / "s", {"seed": 0}, {"seed": 1}, {"seed": 2})
+    rewritten(folder / "3.parquet", change, **footer)
+    same(Reader(folder).read(), Results.of(table.read(folder)))
+
+
+def test_a_footer_says_what_the_columns_say_and_is_what_is_read(tmp_path):
+    folder = folder_of(
+        tmp_path / "s", {"seed": 0, "fields": {"a": [1, None]}, "rate": 0.1 + 0.2, "on": True, "not": None}
+    )
+    file = pq.ParquetFile(folder / "0.parquet")
+    said = json.loads(file.metadata.metadata[table.CONSTANT])
+    assert said == {name: file.read()[name][0].as_py() for name in said}
+    assert {*said} == {name for name in file.schema_arrow.names if not table.varies(name)}
+    calls = []
+    part = Reader(folder)._part(Watched(file, calls))
+    assert part.values == list(said.values())
+    assert calls == [part.kind.varying], "the constant columns were not decoded"
+
+
+class Watched:
+    """A file that says which columns were read."""
+
+    def __init__(self, file: pq.ParquetFile, calls: list) -> None:
+        self.metadata, self.schema_arrow, self._file, self._calls = file.metadata, file.schema_arrow, file, calls
+
+    def read(self, columns: list[str] | None = None, **options: object) -> pa.Table:
+        self._calls.append(columns)
+        return self._file.read(columns=columns, **options)
+
+
 def test_a_sweep_with_anchors_is_read_as_its_table(tmp_path):
     anchored_sweep(tmp_path / "s")
     found = Reader(tmp_path / "s").read()
@@ -56,10 +126,8 @@ def test_a_sweep_with_anchors_is_read_as_its_table(tmp_path):
 def test_a_reader_opens_only_new_files_and_agrees_with_a_fresh_one(tmp_path, monkeypatch):
     plan = fake_sweep(tmp_path / "s", models=["no_change", "decoder"], seeds=1, trials=3)
     opened = []
-    read = table.read_parquet
-    monkeypatch.setattr(
-        table, "read_parquet", lambda path, **options: opened.append(path.stem) or read(path, **options)
-    )
+    read = table.from_parquet
+    monkeypatch.setattr(table, "from_parquet", lambda path, make: opened.append(path.stem) or read(path, make))
     reader = Reader(tmp_path / "s")
     reader.read()
     assert sorted(opened) == sorted(trial["key"] for trial in plan["trials"][:3])
