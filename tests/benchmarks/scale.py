@@ -6,7 +6,7 @@ Parts, each of which can be run alone (--only folder):
             seconds and memory of `perturbray report` (reading, summary, page with figures, leaderboard), of reading and
             summary alone, of looking again when nothing is new, and of the whole table, each in a process of its own
   noop      a sweep of 1,000 trials that do next to nothing: seconds a trial, and of the last hundred over the first
-            hundred; memory of the driver after 100 trials and after all; files and bytes in results and in Tune's folder
+            hundred; memory of the driver after 100 trials, half and all; files and bytes in results and in Tune's folder
 
 Ray runs in this process's session, with 2 CPUs. CPU seconds are of whole processes; wall time is noisy on a busy machine.
 """
@@ -168,6 +168,7 @@ def noop(report: Report, *, quick: bool) -> None:
             report.figure(f"last_{name}_a_trial", last / (part - 1))
             report.ratio(f"last_over_first_{name}", last / first, "<= 1.5")
         report.figure("driver_peak_gb_early", ends.peaks[part - 1])
+        report.figure("driver_peak_gb_half", ends.peaks[trials // 2 - 1])
         report.figure("driver_peak_gb_end", ends.peaks[-1])
         for name, where in (("results", results.glob("*")), ("tune", (results / "tune").rglob("*"))):
             sizes = [file.stat().st_size for file in where if file.is_file()]
