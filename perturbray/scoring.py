@@ -84,6 +84,8 @@ def score(
     if isinstance(item, Anchor):
         table.write_anchor(folder, item.key, rows=_anchor_rows(item, truth, metrics))
         return
+    if table.has(folder, item.key):  # sent twice: whoever trained it was killed before Tune had its word, and run again
+        return
     began, started = now(), time.perf_counter()
     try:
         rows = _trial_rows(item, truth, metrics, source)

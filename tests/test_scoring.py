@@ -337,6 +337,19 @@ def test_lost_cells_are_no_failure_of_the_trial(sampled, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_trial_that_is_sent_twice_is_stored_once(sampled, tmp_path):
+    _, outcome = scored(sampled, pr.MeanShift(), CELL[:1])
+    item = scoring.Scorable(
+        key="abc", name="n", columns={}, truth="t", predicted=outcome.predicted, stratum=outcome.stratum
+    )
+    stamps = set()
+    for _ in range(2):
+        scoring.score(item, {"t": sampled[3]}, folder=tmp_path, metrics=[Metric("rmse")])
+        (path,) = tmp_path.iterdir()
+        stamps.add((path.stat().st_ino, path.stat().st_mtime_ns))
+    assert len(stamps) == 1
+
+
 def test_an_error_of_a_metric_is_recorded_with_trial_metric_and_condition(sampled, tmp_path, monkeypatch):
     _, outcome = scored(sampled, pr.MeanShift(), [Metric("rmse")])
     item = scoring.Scorable(

@@ -204,6 +204,11 @@ def finished(folder: str | Path) -> set[str]:
     return set(_finished_files(Path(folder)))
 
 
+def has(folder: str | Path, key: str) -> bool:
+    """Whether one trial is finished."""
+    return _file(folder, key, ".parquet").exists()
+
+
 def failed(folder: str | Path) -> dict[str, dict]:
     """Why trials failed, by key; a trial that finished later is not among them."""
     done, found = finished(folder), {}
