@@ -92,7 +92,9 @@ def train(config: dict, *, shared: Shared) -> None:
     if not sees(shared.marker):  # not the trial's fault: it is run again on another node
         tune.report({"failed": 1, BLIND: node()})
         return
-    if table.has(shared.folder, key):  # the process that ran it was killed before Tune had its word, and Tune starts it again
+    if table.has(
+        shared.folder, key
+    ):  # the process that ran it was killed before Tune had its word, and Tune starts it again
         tune.report({"failed": 0})
         return
     plugin.install(shared.plugins)
