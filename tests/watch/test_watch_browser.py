@@ -57,7 +57,7 @@ def followed(tmp_path_factory):
     words = [
         *("--model", "mean_shift", "--model", "slow", "--model", "breaks"),
         "--set",
-        "training.epochs=6",
+        "training.epochs=4",
         "--grid",
         "ablation.level=0.0,0.2",
     ]
