@@ -65,8 +65,8 @@ def trainable(function: Callable, placement: Placement, *, name: str, avoid: Ite
     return made
 
 
-def newest_first():
-    """Tune's order, so that every process gets to work: one that is free takes a trial for which none was asked.
+def newest_first() -> type:
+    """A scheduler of Tune's, whose order puts every process to work: one that is free takes a trial for which none was asked.
 
     Tune's own gives it the oldest that waits, and ends the process that was starting for that one: of trials that are
     shorter than such a start, a single process would run all, one by one.
@@ -78,7 +78,7 @@ def newest_first():
         def choose_trial_to_run(self, tune_controller):
             return next((t for t in reversed(tune_controller.get_trials()) if t.status == Waiting.PENDING), None)
 
-    return NewestFirst()
+    return NewestFirst
 
 
 def train(config: dict, *, shared: Shared) -> None:

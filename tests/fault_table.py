@@ -16,6 +16,7 @@ FAULTS = (
     "a full disk",
     "an object store that fills",
     "memory that runs out",
+    "memory that other programs hold",
     "a truncated state file",
     "a corrupt checkpoint",
     "another Ray on the same host",

@@ -1,6 +1,8 @@
 """Faults of a machine, made for real: nothing finished is lost, and every trial is finished or failed with its reason."""
 
+import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,6 +14,7 @@ import small
 from nodes import can_hide
 
 import perturbray as pr
+from perturbray import memory
 from perturbray.errors import InputError
 from perturbray.plan import Plan
 from perturbray.results import ledger, table
@@ -284,6 +287,84 @@ def test_memory_that_runs_out_fails_the_trials_with_a_reason(small_screen, tmp_p
             lost="that trial",
             goes_on="a smaller model or batch; in a search `--trial-memory` limits each trial; the same command tries failed "
             "ones again",
+        )
+    )
+
+
+# A sweep and a search on a Ray whose memory monitor is above its threshold whatever they do.
+ABOVE = """
+import json
+import sys
+from pathlib import Path
+
+import ray
+import small
+
+import perturbray as pr
+import perturbray.memory
+from perturbray.course import SearchError
+from perturbray.results import ledger, table
+from perturbray.search import Search
+from perturbray.space import LogUniform
+from perturbray.tuning import tune
+
+perturbray.memory.KILLS = 2
+screen, out = map(Path, sys.argv[1:])
+ray.init(address="local", num_cpus=2, include_dashboard=False, object_store_memory=80 * 2**20, log_to_driver=False)
+sweep = small.sweep(screen)
+found = {}
+try:
+    small.run(sweep, out)
+except ExceptionGroup as group:
+    found["sweep"] = [group.message, *(record["error"] for record in table.failed(out).values())]
+base = pr.Trial(dataset=sweep.trials[0].dataset, model=small.MODELS[2], training=pr.Training(epochs=2))
+search = Search(base=base, space={"training.lr": LogUniform(1e-3, 1e-1)}, samples=4, startup=2, at_once=2, seeds=1)
+try:
+    tune(pr.Sweep(name="s", trials=sweep.trials, metrics=small.METRICS, searches=(search,)), out)
+except SearchError as error:
+    (place,) = (out / ledger.FOLDER).iterdir()
+    found["search"] = [str(error), *(record["reason"] for record in ledger.read_records(place).values())]
+(out / "found.json").write_text(json.dumps(found))
+"""
+
+
+def test_a_node_above_its_memory_threshold_ends_a_sweep_and_a_search(small_screen, tmp_path):
+    paths = [str(ROOT), str(ROOT / "tests" / "engine")]
+    environment = {"PYTHONPATH": os.pathsep.join(paths), "RAY_memory_usage_threshold": "0.001"}
+    words = [sys.executable, "-c", ABOVE, str(small_screen), str(tmp_path)]
+    ended = subprocess.run(
+        words, env={**os.environ, **environment}, capture_output=True, text=True, timeout=HANG, check=False
+    )
+    assert ended.returncode == 0, ended.stderr
+    found = json.loads((tmp_path / "found.json").read_text())
+    message, *reasons = found["sweep"]
+    assert message == "3 of 3 trials failed"
+    accounted(tmp_path, plan_of(small_screen, tmp_path))
+    (said,) = set(reasons)
+    killed = r"Ray's memory monitor killed (\d+) processes in a row and nothing came of any; the last was scorer-0-\w+ "
+    numbers = (
+        r"\(process \d+, [\d.]+ GB\) on node \S+, of whose ([\d.]+) GB ([\d.]+) GB are in use and the threshold is "
+    )
+    numbers += r"([\d.]+) GB \(0\.1%\): free memory there, or start Ray with a higher RAY_memory_usage_threshold; "
+    told = re.fullmatch(killed + numbers + "the same command goes on", said)
+    assert told, said
+    count, whole, used, threshold = map(float, told.groups())
+    assert 2 <= count < 10
+    assert abs(threshold - whole / 1000) < 0.01
+    assert threshold < used <= whole
+    ended_search, *reasons = found["search"]
+    assert "search of latent_additive: Ray's memory monitor killed " in ended_search
+    assert re.search(numbers, ended_search)
+    assert reasons, "no trial of the search is accounted for"
+    assert all(re.search(r"Ray's memory monitor killed .*the threshold is [\d.]+ GB", reason) for reason in reasons)
+    fault_table.record(
+        fault_table.Row(
+            fault="memory that other programs hold",
+            happens="where Ray's monitor kills whatever starts, a sweep or a search gives up after "
+            f"{memory.KILLS} kills in a row without an epoch or a result; what is left fails as `Ray's memory monitor killed`, "
+            "with process, node, memory and threshold in numbers",
+            lost="nothing that was finished",
+            goes_on="free memory, or a higher `RAY_memory_usage_threshold`; the same command tries a sweep's failed trials again",
         )
     )
 
