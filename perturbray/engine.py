@@ -27,7 +27,7 @@ from perturbray.metrics.distribution import fit_pca
 from perturbray.placement import SCORER_CPUS, Placement, place
 from perturbray.plan import Plan, reference, task_of, versions
 from perturbray.prediction import Truth
-from perturbray.process import BLIND, LOST, Shared, newest_first, train, trainable
+from perturbray.process import ASIDE, BLIND, LOST, Shared, newest_first, train, trainable
 from perturbray.randomness import generator
 from perturbray.recorder import recording
 from perturbray.results import table
@@ -269,6 +269,10 @@ class Rounds:
                 self.blind[node] = name
                 self.events.line(f"{self.reasons[key]}; trials that came there are run again elsewhere")
 
+    def tell(self, key: str, what: str) -> None:
+        """Say what happened to a trial that goes on."""
+        self.events.line(f"{self.plan.trials[key].name} ({key}): {what}")
+
     def died(self, key: str, said: str) -> None:
         """A trial's process died once too often in a round."""
         self.events.lost(key)
@@ -320,6 +324,8 @@ def _callback(rounds: Rounds):
 
         def on_trial_result(self, iteration, trials, trial, result, **info) -> None:
             self.rounds.memory.moved()
+            if ASIDE in result:
+                self.rounds.tell(trial.config["key"], result[ASIDE])
             self.events.reported(trial.config["key"], result)
 
         def on_trial_complete(self, iteration, trials, trial, **info) -> None:

@@ -28,7 +28,17 @@ from perturbray.errors import InputError, MemoryShortError
 from perturbray.events import Events
 from perturbray.placement import Node, Placement, place
 from perturbray.plan import Plan
-from perturbray.process import BLIND, CHECKPOINT_SECONDS, Checkpoints, newest_first, node, one_thread, sees, trainable
+from perturbray.process import (
+    ASIDE,
+    BLIND,
+    CHECKPOINT_SECONDS,
+    Checkpoints,
+    newest_first,
+    node,
+    one_thread,
+    sees,
+    trainable,
+)
 from perturbray.recorder import recording
 from perturbray.results import ledger, table
 from perturbray.search import Search, Tuned
@@ -328,6 +338,8 @@ def _adapters(course: Course, lines: "_Lines", trouble: Trouble) -> tuple:
     class Halt(Unstored, newest_first()):
         def on_trial_result(self, tune_controller, trial, result):
             trouble.memory.moved()
+            if ASIDE in result and (one := course.running.get(trial.trial_id)):
+                lines.events.line(f"search of {course.search.shown}, trial {one.number}: {result[ASIDE]}")
             if "failed" in result or result.get("final") or trial.trial_id not in course.running:
                 return TrialScheduler.CONTINUE
             lines.events.learnt(course.folder.name, course.running[trial.trial_id].number, result)
