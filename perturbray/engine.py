@@ -13,7 +13,7 @@ import cloudpickle
 import numpy as np
 
 from perturbray import plugin, scoring
-from perturbray.cluster import connect, settle
+from perturbray.cluster import check_temporary, connect, settle
 from perturbray.curves import keepers
 from perturbray.data.dataset import DatasetSpec, open_screen, target_sum
 from perturbray.data.loading import Delivery
@@ -255,6 +255,7 @@ class Rounds:
             self.reasons |= {item.name: f"{type(item.error).__name__}: {item.error}" for item in failed}
             pool.revive()
         table.create(self.plan.folder)  # raises where the disk is full: neither results nor reasons could be stored
+        check_temporary()
 
     def ended(self, key: str, result: Mapping[str, Any]) -> None:
         """What a trial said at its end, in the place of a result."""

@@ -19,7 +19,7 @@ from pathlib import Path
 import cloudpickle
 
 from perturbray import plugin
-from perturbray.cluster import Cluster, connect, settle
+from perturbray.cluster import Cluster, check_temporary, connect, settle
 from perturbray.course import Course, SearchError, reason
 from perturbray.curves import keepers
 from perturbray.data.dataset import Conditions, open_screen, target_sum
@@ -98,18 +98,21 @@ def tune(
     """
     events, track = events or Events(), tuple(track)
     found: list[Trial] = []
-    for search in sweep.searches:
-        search = search if gpus is None else replace(search, gpus=gpus)
-        course, best = _search(sweep, search, folder, address, plugins, events, track)
-        sides = course.borders()
-        for path, side in sides.items():
-            events.line(f"search of {search.shown}: the best {path}, {best['values'][path]:g}, lies at the {side} end")
-        if search.widen and sides:
-            wider = replace(search, space=widen(search.space, sides), first=(best["values"],), widen=False)
-            events.line(f"search of {search.shown}: once more, with {', '.join(sides)} widened")
-            _, again = _search(sweep, wider, folder, address, plugins, events, track)
-            best = min(best, again, key=lambda record: record[OBJECTIVE])
-        found += _tuned(search, best, folder, course, events)
+    with table.made(folder):
+        for search in sweep.searches:
+            search = search if gpus is None else replace(search, gpus=gpus)
+            course, best = _search(sweep, search, folder, address, plugins, events, track)
+            sides = course.borders()
+            for path, side in sides.items():
+                events.line(
+                    f"search of {search.shown}: the best {path}, {best['values'][path]:g}, lies at the {side} end"
+                )
+            if search.widen and sides:
+                wider = replace(search, space=widen(search.space, sides), first=(best["values"],), widen=False)
+                events.line(f"search of {search.shown}: once more, with {', '.join(sides)} widened")
+                _, again = _search(sweep, wider, folder, address, plugins, events, track)
+                best = min(best, again, key=lambda record: record[OBJECTIVE])
+            found += _tuned(search, best, folder, course, events)
     return replace(sweep, trials=(*sweep.trials, *found), searches=())
 
 
@@ -212,8 +215,10 @@ def _rounds(
                 course.end(name, error=f"out of memory: {error}")
                 events.judged(course.folder.name, one.number)
             raise SearchError(f"search of {course.search.shown}: {error}") from None
-        except RuntimeError as error:
+        except (RuntimeError, OSError, EOFError) as error:  # the last two: of a full disk
             events.line(f"Ray Tune gave up ({error})")
+            table.create(folder.parent)
+            check_temporary()
         finally:
             for name, one in list(course.running.items()):
                 course.lose(name)
@@ -231,6 +236,7 @@ class Trouble:
     memory: "Watch"  # noqa: F821  # imports ray
     blind: dict[str, str] = field(default_factory=dict)  # nodes that joined and do not see the folder, by id
     again: bool = False  # such a node came up since this round began, which is to end
+    unstored: OSError | None = None  # why a record could not be written in this round, which is to end
 
     def meet(self, said: str, folder: Path, events: Events) -> None:
         """A trial came to a node that does not see the folder."""
@@ -257,7 +263,7 @@ def _fit(
     os.environ["TUNE_DISABLE_STRICT_METRIC_CHECKING"] = "1"  # an epoch at which nobody looked has no objective
     from ray import tune
 
-    trouble.again = False
+    trouble.again, trouble.unstored = False, None
     searcher, scheduler, callback = _adapters(course, _Lines(course, events), trouble)
     setting = replace(setting, marker=tune_folder.resolve())
 
@@ -283,6 +289,8 @@ def _fit(
         ),
     )
     tuner.fit()
+    if trouble.unstored:
+        raise trouble.unstored
 
 
 def _adapters(course: Course, lines: "_Lines", trouble: Trouble) -> tuple:
@@ -302,7 +310,7 @@ def _adapters(course: Course, lines: "_Lines", trouble: Trouble) -> tuple:
 
     class Proposals(Unstored, Searcher):
         def suggest(self, trial_id):
-            if trouble.again:
+            if trouble.again or trouble.unstored:
                 return Searcher.FINISHED
             values = course.begin(trial_id)
             if values is None:
@@ -313,7 +321,15 @@ def _adapters(course: Course, lines: "_Lines", trouble: Trouble) -> tuple:
         def on_trial_complete(self, trial_id, result=None, error=False):
             if trial_id not in course.running:
                 return
-            result, number = result or {}, course.running[trial_id].number
+            number = course.running[trial_id].number
+            try:
+                self._end(trial_id, result or {}, error)
+            except OSError as full:  # Tune would take it for an error of the trial's, and go on for ever
+                trouble.unstored = full
+            lines.events.judged(course.folder.name, number)
+            lines.ended()
+
+        def _end(self, trial_id, result, error):
             if error:
                 blamed = trouble.memory.blame(time.monotonic() - course.running[trial_id].began)
                 course.end(trial_id, error=f"its process died {DEATHS + 1} times{blamed}")
@@ -326,8 +342,6 @@ def _adapters(course: Course, lines: "_Lines", trouble: Trouble) -> tuple:
                 course.end(trial_id, final=_numbers(result, course.search))
             else:
                 course.end(trial_id)
-            lines.events.judged(course.folder.name, number)
-            lines.ended()
 
         def save(self, checkpoint_path):
             Path(checkpoint_path).touch()

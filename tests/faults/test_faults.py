@@ -6,6 +6,8 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 import fault_table
@@ -14,10 +16,13 @@ import small
 from nodes import can_hide
 
 import perturbray as pr
-from perturbray import memory
+from perturbray import memory, tuning
+from perturbray.data import store
 from perturbray.errors import InputError
 from perturbray.plan import Plan
 from perturbray.results import ledger, table
+from perturbray.search import Search
+from perturbray.space import Choice
 
 ROOT = Path(__file__).parents[2]
 HANG = 400  # seconds that a driver may take on a busy machine
@@ -103,6 +108,108 @@ def test_a_full_disk_is_said_and_what_was_finished_stays(ray_session, small_scre
             happens=f"the sweep ends after the trials under way: `{said}`",
             lost="trials that ended while there was no room",
             goes_on="make room, the same command",
+        )
+    )
+
+
+def test_a_full_disk_in_a_search_is_said_and_the_search_goes_on(ray_session, small_screen, small_disk):
+    filler, ballast, folder = small.plugin(FILLER, "filler"), small_disk / "ballast", small_disk / "out"
+    base = pr.Trial(dataset=pr.DatasetSpec(path=str(small_screen)), model=pr.MODELS["filler"]())
+    places = {"model.path": Choice("", str(ballast), str(small_disk))}  # a folder is not filled either
+    search = Search(base=base, space=places, samples=3, startup=3, at_once=1, seeds=1, first=({"model.path": ""},))
+    sweep = pr.Sweep(name="s", trials=[base], metrics=small.METRICS, searches=(search,))
+    with pytest.raises(InputError) as caught:
+        tuning.tune(sweep, folder, plugins=(filler,))
+    said = "results cannot be written there (No space left on device); make room, and the same command goes on"
+    assert said in str(caught.value)
+    (place,) = (folder / ledger.FOLDER).iterdir()
+    before = {path: path.stat().st_mtime_ns for path in place.glob("*.json") if path.name != ledger.HEADER}
+    assert len(before) == len(ledger.read_records(place)) in (1, 2)
+    with pytest.raises(InputError, match="No space left on device"):
+        tuning.tune(sweep, folder, plugins=(filler,))  # still full: said again, before anything is tried
+
+    ballast.unlink()
+    ballast.mkdir()
+    tuning.tune(sweep, folder, plugins=(filler,))
+    assert sorted(record["number"] for record in ledger.read_records(place).values()) == [0, 1, 2]
+    assert before.items() <= {path: path.stat().st_mtime_ns for path in before}.items(), "what was known is left alone"
+    fault_table.record(
+        fault_table.Row(
+            fault="a full disk in a search",
+            happens=f"the search ends with the trial whose record cannot be written: `{said}`",
+            lost="the trials that ran",
+            goes_on="make room, the same command",
+        )
+    )
+
+
+def test_a_cache_that_fills_while_a_screen_is_read_is_said(own_screen, small_disk, monkeypatch):
+    monkeypatch.setenv("PERTURBRAY_CACHE", str(small_disk))
+    ballast, spec = small_disk / "ballast", pr.DatasetSpec(path=str(own_screen))
+
+    def fill(share: float) -> None:
+        if share == 1.0:  # the rows are written, and what belongs to them is not
+            with suppress(OSError), open(ballast, "wb", buffering=0) as file:
+                while True:
+                    file.write(bytes(4096))
+
+    with pytest.raises(InputError) as caught:
+        store.ingest(spec, spec.conditions(), progress=fill)
+    said = "free some, or set PERTURBRAY_CACHE to a folder with more"
+    assert str(caught.value).startswith(f"{own_screen}: {small_disk / 'stores'} is full (0.00 GB free) after ")
+    assert str(caught.value).endswith(said)
+    assert not [path for path in (small_disk / "stores").iterdir() if path.is_dir()], "half a store is left"
+    ballast.unlink()
+    assert len(store.ingest(spec, spec.conditions())) == len(spec.conditions().cell_condition)
+    fault_table.record(
+        fault_table.Row(
+            fault="a full cache",
+            happens=f"the sweep ends, before any trial, with how much is free and how much is needed or was written: `{said}`",
+            lost="nothing; half a store is deleted",
+            goes_on="make room or name another cache, the same command",
+        )
+    )
+
+
+def test_a_temporary_folder_of_rays_that_fills_is_said_and_no_trial_is_to_blame(small_screen, tmp_path):
+    place = Path(tempfile.mkdtemp(prefix="r", dir="/tmp"))  # short: sockets lie in it
+    begin = f"""
+class Told(small.Record):
+    def connected(self, cluster, placement, folder):
+        try:
+            with open({str(place / "ballast")!r}, "wb", buffering=0) as file:
+                while True:
+                    file.write(bytes(4096))
+        except OSError:
+            print("full", flush=True)
+for turn in range(2):
+    try:
+        small.run(small.sweep(Path({str(small_screen)!r})), Path({str(tmp_path / "out")!r}), events=Told())
+    except ValueError as error:
+        print(f"{{type(error).__name__}}: {{error}}", flush=True)
+Path({str(place / "ballast")!r}).unlink()
+"""
+    try:
+        wrap = mounted("size=60m", place)
+        said = driver(tmp_path, small_screen, begin=begin, wrap=wrap, RAY_TMPDIR=str(place)).splitlines()
+    finally:
+        shutil.rmtree(place)
+    why = (
+        r"Ray's temporary folder is full \(No space left on device\); make room, and the same command goes on, or name "
+    )
+    first, second = [line for line in said if line.startswith("InputError: ")]
+    assert re.match(rf"InputError: {place}/ray/session\S+: {why}", first), said
+    assert re.match(rf"InputError: {place}: {why}", second), "it is said before Ray starts"
+    assert said.count("full") == 1
+    finished, failed = accounted(tmp_path / "out", plan_of(small_screen, tmp_path / "out"))
+    assert (len(finished), failed) == (3, {})
+    fault_table.record(
+        fault_table.Row(
+            fault="a full temporary folder of Ray's",
+            happens="the sweep ends: `Ray's temporary folder is full (No space left on device); make room, and the same "
+            "command goes on, or name another folder with RAY_TMPDIR`",
+            lost="the trials that ran",
+            goes_on="make room, or `RAY_TMPDIR`; the same command",
         )
     )
 
