@@ -93,8 +93,8 @@ def train(config: dict, *, shared: Shared) -> None:
     if not sees(shared.marker):  # not the trial's fault: it is run again on another node
         tune.report({"failed": 1, BLIND: node()})
         return
-    if table.stored(shared.folder, key) and (key not in shared.models or shared.models[key].exists()):
-        tune.report({"failed": 0})  # its process died between handing its prediction over and saying so
+    if table.has(shared.folder, key) and (key not in shared.models or shared.models[key].exists()):
+        tune.report({"failed": 0})  # whoever ran it was killed before Tune had its word, and Tune starts it again
         return
     plugin.install(shared.plugins)
     trial: Trial = pickle.loads(shared.trials[key])

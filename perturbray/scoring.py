@@ -85,14 +85,14 @@ def score(
     if isinstance(item, Anchor):
         table.write_anchor(folder, item.key, rows=_anchor_rows(item, truth, metrics))
         return
-    if table.stored(folder, item.key):
+    if table.has(folder, item.key):  # sent twice: whoever trained it was killed before Tune had its word, and run again
         return
     began, started = now(), time.perf_counter()
     try:
         rows = _trial_rows(item, truth, metrics, source)
         columns = {**item.columns, "controls": source}
         columns |= {"scoring": began, "score_seconds": time.perf_counter() - started, "ended": now()}
-        if not table.stored(folder, item.key):  # another scorer may have been at it
+        if not table.has(folder, item.key):  # another scorer may have been at it
             table.write_trial(folder, item.key, columns=columns, rows=rows)
     except LostCellsError:  # not the trial's fault: without a result and without a record, it is run again
         raise

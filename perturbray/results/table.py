@@ -210,14 +210,14 @@ def anchored(folder: str | Path) -> set[str]:
     return {path.stem for path in (Path(folder) / ANCHORS).glob("*.parquet")}
 
 
-def stored(folder: str | Path, key: str) -> bool:
-    """Whether a trial is finished."""
-    return _file(folder, key, ".parquet").exists()
-
-
 def finished(folder: str | Path) -> set[str]:
     """Keys of the finished trials, of whatever plan."""
     return set(_finished_files(Path(folder)))
+
+
+def has(folder: str | Path, key: str) -> bool:
+    """Whether one trial is finished."""
+    return _file(folder, key, ".parquet").exists()
 
 
 def failed(folder: str | Path) -> dict[str, dict]:

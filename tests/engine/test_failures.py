@@ -166,3 +166,54 @@ def test_a_killed_scorer_loses_nothing(ray_session, small_screen, tmp_path, how)
     assert table.failed(tmp_path / "out") == {}
     assert any("were lost with the process" in line for line in events.lines)
     assert len(events.began) > 5, "the trials that the scorer held are run again"
+
+
+LATE = """
+import os
+import signal
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import perturbray as pr
+
+
+@pr.MODELS.register("late")
+@dataclass(frozen=True, kw_only=True)
+class Late(pr.ModelSpec):
+    folder: str
+
+    def build(self, vocabulary):
+        with open(Path(self.folder, "begun"), "a") as file:
+            file.write("once\\n")
+        net = LateNet(vocabulary)
+        net.folder, net.predicted = Path(self.folder), False
+        return net
+
+
+class LateNet(pr.Model):
+    def predict(self, batch):
+        self.predicted = True
+        return batch.control
+
+    def state_dict(self, *args, **kwargs):
+        # Asked for in training too, and last at the end of the trial, once its prediction is with a scorer.
+        end = time.monotonic() + 5 * self.predicted
+        while time.monotonic() < end and not (self.folder / "killed").exists():
+            if list(self.folder.glob("out/*.parquet")):
+                (self.folder / "killed").touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+            time.sleep(0.05)
+        return super().state_dict(*args, **kwargs)
+"""
+
+
+@pytest.mark.slow
+def test_a_trial_whose_process_dies_once_its_result_is_stored_is_not_run_again(ray_session, small_screen, tmp_path):
+    late = small.plugin(LATE, "late")
+    sweep = small.sweep(small_screen, [pr.MODELS["late"](folder=str(tmp_path))])
+    _, plan = small.run(sweep, tmp_path / "out", plugins=[late])
+    assert (tmp_path / "killed").exists()
+    assert (tmp_path / "begun").read_text() == "once\n"
+    assert table.finished(tmp_path / "out") == set(plan.trials)
+    assert table.failed(tmp_path / "out") == {}

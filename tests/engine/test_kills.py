@@ -209,61 +209,6 @@ def test_a_trial_whose_process_is_killed_completes(ray_session, small_screen, tm
     assert table.finished(tmp_path / "out") == set(plan.trials)
 
 
-# Dies once its result is stored, before it has said that it is at its end.
-LATE = """
-import os
-import signal
-import time
-from dataclasses import dataclass
-from pathlib import Path
-
-import perturbray as pr
-import perturbray.process
-
-OUT, NOTES = Path({out!r}), Path({notes!r})
-finish = perturbray.process.Checkpoints.finish
-
-
-def dying(self, outcome):
-    if NOTES.exists() and len(NOTES.read_text()) == 1:
-        end = time.monotonic() + 60
-        while not list(OUT.glob("*.parquet")) and time.monotonic() < end:
-            time.sleep(0.05)
-        os.kill(os.getpid(), signal.SIGKILL)
-    finish(self, outcome)
-
-
-perturbray.process.Checkpoints.finish = dying
-
-
-@pr.MODELS.register("late")
-@dataclass(frozen=True, kw_only=True)
-class Late(pr.ModelSpec):
-    def build(self, vocabulary):
-        with open(NOTES, "a") as file:
-            file.write("1")
-        return LateNet(vocabulary)
-
-
-class LateNet(pr.Model):
-    def predict(self, batch):
-        return batch.control
-"""
-
-
-def test_a_trial_that_dies_after_its_result_is_stored_is_not_run_again(ray_session, small_screen, tmp_path):
-    import perturbray as pr
-    import perturbray.process
-
-    finish, notes = perturbray.process.Checkpoints.finish, tmp_path / "notes"
-    late = small.plugin(LATE.format(out=str(tmp_path / "out"), notes=str(notes)), "late")
-    perturbray.process.Checkpoints.finish = finish  # here; the plugin's is that of the workers
-    _, plan = small.run(small.sweep(small_screen, (pr.MODELS["late"](),)), tmp_path / "out", plugins=[late])
-    assert notes.read_text() == "1", "it was trained twice"
-    assert table.finished(tmp_path / "out") == set(plan.trials)
-    assert not table.failed(tmp_path / "out")
-
-
 LETHAL_ONCE = """
 import os
 import signal

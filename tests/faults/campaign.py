@@ -305,7 +305,7 @@ class Run:
         self.look()
         failed = table.failed(self.results)
         finished = table.finished(self.results)
-        ended = {number: time for key in finished for number, time in [self._stored(key)]}
+        ended = {self._number(key): self.known[key][1] / 1e9 for key in finished}  # as first seen
         begun = [(int(n), float(at)) for n, at in (line.split() for line in self.notes.read_text().splitlines())]
         self.tally.asked += TRIALS
         self.tally.finished += len(finished)
@@ -315,12 +315,11 @@ class Run:
         self.tally.twice += len({number for number, at in begun if number in ended and at > ended[number]})
         self.tally.reasons += [f"{record['name']}: {record['error']}" for record in failed.values()]
 
-    def _stored(self, key: str) -> tuple[int, float]:
-        """The number of a finished trial, and when its result was stored."""
+    def _number(self, key: str) -> int:
+        """The number of a finished trial."""
         import pyarrow.parquet as pq
 
-        path = self.results / f"{key}.parquet"
-        return int(pq.read_table(path, columns=["model.number"])[0][0].as_py()), path.stat().st_mtime
+        return int(pq.read_table(self.results / f"{key}.parquet", columns=["model.number"])[0][0].as_py())
 
 
 def stat(path: Path) -> os.stat_result | None:
