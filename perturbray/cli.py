@@ -468,9 +468,12 @@ def _report(arguments: argparse.Namespace) -> int:
 
     from perturbray.display import show_results
     from perturbray.results.report import write_report
+    from perturbray.results.summary import summary_of
 
-    write_report(arguments.folder)
-    show_results(Path(arguments.folder), Console(highlight=False))
+    folder = Path(arguments.folder)
+    summary = summary_of(folder)
+    write_report(folder, summary=summary)
+    show_results(folder, Console(highlight=False), summary=summary)
     return 0
 
 

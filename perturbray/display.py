@@ -18,8 +18,9 @@ from perturbray.events import Events
 from perturbray.placement import Placement
 from perturbray.plan import Plan
 from perturbray.results import table
+from perturbray.results.reader import Reader
 from perturbray.results.report import write_report
-from perturbray.results.summary import Summary, summarise
+from perturbray.results.summary import Summary, summarise, summary_of
 from perturbray.results.terminal import terminal
 
 LINE_SECONDS = 10.0  # between two lines where there is no terminal
@@ -78,7 +79,7 @@ class Watcher(threading.Thread):
     def __init__(self, plan: Plan, display: Terminal) -> None:
         super().__init__(daemon=True, name="watcher")
         self.plan, self.display = plan, display
-        self.reader = table.Reader(plan.folder)
+        self.reader = Reader(plan.folder)
         self.before = plan.finished()
         self.summary: Summary | None = None
         self.done: set[str] = set(self.before)
@@ -201,16 +202,9 @@ def clock(seconds: float) -> str:
     return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
-def show_results(folder: Path, console: Console) -> None:
-    """The leaderboard of a results folder and where its files are."""
-    reader = table.Reader(folder)
-    summary = summarise(
-        reader.read(),
-        table.read_plan(folder),
-        analytic=table.read_reference(folder),
-        anchors=table.read_anchors(folder),
-    )
-    console.print(terminal(summary))
+def show_results(folder: Path, console: Console, *, summary: Summary | None = None) -> None:
+    """The leaderboard of a results folder, from its summary where that is known, and where its files are."""
+    console.print(terminal(summary or summary_of(folder)))
     for label, name in (("page", "report.html"), ("figure", "figure.png"), ("table", "summary.csv")):
         if (folder / name).exists():
             console.print(Text(f"{label + ':':8}{folder / name}"))

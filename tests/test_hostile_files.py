@@ -2,7 +2,6 @@
 
 import ast
 import json
-import os
 import pickle
 import warnings
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import anndata as ad
 import pytest
 import torch
+from marker import Marker
 
 from perturbray.data.dataset import DatasetSpec
 from perturbray.errors import InputError
@@ -27,16 +27,6 @@ OPENED = {
     ("plugin.py", "point.load"): "an entry point of an installed package, no pickle",
 }
 OPENING = ("load", "loads", "Unpickler", "read_pickle", "get_unpickler")
-
-
-class Marker:
-    """Makes a folder where it is unpickled."""
-
-    def __init__(self, place: Path) -> None:
-        self.place = place
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.place),)
 
 
 @pytest.fixture

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
+from pandas.api.types import union_categoricals
 
-from perturbray.results.cube import conditions_of
+from perturbray.results.cube import conditions_of, texts
 from perturbray.results.scales import Scale
 
 NO_CHANGE, MEAN_RESPONSE = "no_change", "perturbed_mean"  # values of the column ``model``
@@ -112,8 +113,10 @@ class _Field:
     @classmethod
     def of(cls, rows: pd.DataFrame, anchors: pd.DataFrame, *, metrics: list[str]) -> "_Field":
         names = [name for name in rows if name.startswith("covariate.") and name in anchors] + ["perturbation"]
-        both = pd.concat([rows[names].astype(str), anchors[names].astype(str)], ignore_index=True)
-        unit, context, _ = conditions_of(both)
+        both = {
+            name: union_categoricals([texts(rows[name]), texts(anchors[name])], sort_categories=True) for name in names
+        }
+        unit, context, _ = conditions_of(pd.DataFrame(both))
         place = {name: number for number, name in enumerate(metrics)}
         metric = rows["metric"].map(place).to_numpy(int)
         shape = (len(metrics), len(context))
@@ -131,7 +134,7 @@ class _Field:
         unit, half = unit[: len(rows)], rows["value_half"].to_numpy(float)
         same = [name for name in ("metric", "level", "split", "split_seed", "ablation", "seed") if name in rows]
         task = rows.groupby(same, observed=True, dropna=False).ngroup().to_numpy()
-        response = (rows["model"].astype(str) == MEAN_RESPONSE).to_numpy()
+        response = (rows["model"] == MEAN_RESPONSE).to_numpy()
         width = (task.max() + 1, len(context))
         baseline = _mean((task * width[1] + unit)[response], half[response], width)
         return cls(
@@ -151,7 +154,7 @@ class _Field:
         """Anchors and baselines on halves, each (metrics, conditions); ``at``: the rows of the lowest level, (rows,)."""
         found = {REPLICATE: self.replicate, INTERPOLATED: self.interpolated}
         for model in (NO_CHANGE, MEAN_RESPONSE):
-            which = at & (self.rows["model"].astype(str) == model).to_numpy() & ~np.isnan(self.half)
+            which = at & (self.rows["model"] == model).to_numpy() & ~np.isnan(self.half)
             place = self.metric[which] * self.replicate.shape[1] + self.unit[which]
             found[model] = _mean(place, self.half[which], self.replicate.shape)
         return found
@@ -249,7 +252,7 @@ def in_strata(rows: pd.DataFrame, strata: Strata | None) -> pd.DataFrame:
     unit, context, _ = conditions_of(rows)
     value = rows["value"].to_numpy(float)
     if strata is None or np.isnan(strata.effect).all():
-        still = (rows["model"].astype(str) == NO_CHANGE).to_numpy() & (rows["metric"] == EFFECT).to_numpy()
+        still = (rows["model"] == NO_CHANGE).to_numpy() & (rows["metric"] == EFFECT).to_numpy()
         still &= np.isfinite(value)
         size, genes = _mean(unit[still], value[still], (len(context),)), np.full(len(context), np.nan)
     else:

@@ -221,6 +221,13 @@ def conditions_of(rows: pd.DataFrame) -> tuple[np.ndarray, np.ndarray, np.ndarra
     return unit, context[first], perturbation[first]
 
 
+def texts(values: pd.Series) -> pd.Categorical:
+    """What ``astype(str)`` gives, as categories in their order: of a million rows it makes only the texts that differ."""
+    codes, found = pd.factorize(values, use_na_sentinel=False)
+    names, places = np.unique([str(value) for value in np.asarray(found, object)], return_inverse=True)
+    return pd.Categorical.from_codes(places[codes], names.astype(object))
+
+
 def _names(rows: pd.DataFrame, unit: np.ndarray) -> np.ndarray:
     """Covariates and perturbation of each condition, (conditions,)."""
     first = rows.iloc[np.unique(unit, return_index=True)[1]]

@@ -11,7 +11,8 @@ from markupsafe import Markup
 from perturbray.results import dots, page, plots, scatter, search, sections, table
 from perturbray.results.claims.claim import Claim, Finding, frame, judged
 from perturbray.results.claims.published import CLAIMS
-from perturbray.results.summary import Summary, summarise
+from perturbray.results.reader import Reader
+from perturbray.results.summary import Summary, summary_of
 from perturbray.results.wording import answer, level_name
 
 _STATES = {"running": "running", "done": "finished", "interrupted": "interrupted: the same command carries on"}
@@ -49,21 +50,22 @@ since a mean without noise is far from any cells. The score is given only where 
 response by more than 2 standard errors over conditions; elsewhere the metric is uncalibrated."""
 
 
-def write_report(folder: str | Path, *, reader: table.Reader | None = None, png: bool | None = None) -> Path:
+def write_report(
+    folder: str | Path, *, reader: Reader | None = None, summary: Summary | None = None, png: bool | None = None
+) -> Path:
     """Write ``report.html``, ``figure.svg``, ``summary.csv`` and ``claims.csv`` of a results folder, each atomically; returns
     the page.
 
     Works from the first finished trial on, and before it. While a sweep runs, pass the same ``reader`` each time, so
-    that only new files are read. ``png``: also ``figure.png``; by default once the sweep does not run any more.
+    that only new files are read; or the ``summary``, where it is known. ``png``: also ``figure.png``; by default once the
+    sweep does not run any more.
     """
     folder = Path(folder)
-    plan = table.read_plan(folder)
-    rows = (reader or table.Reader(folder)).read()
-    summary = summarise(rows, plan, analytic=table.read_reference(folder), anchors=table.read_anchors(folder))
+    summary = summary or summary_of(folder, reader=reader)
     figure = scaled = curves = None
     claims: Mapping[Claim, Mapping[str, Finding]] = {}
     if summary.headline:
-        running = plan.get("status", {}).get("state") == "running"
+        running = summary.plan.get("status", {}).get("state") == "running"
         png = not running if png is None else png
         alone = len(summary.levels) == 1
         figure = plots.save(dots.board(summary) if alone else plots.against_x(summary), folder, png=png)
@@ -82,7 +84,6 @@ def write_report(folder: str | Path, *, reader: table.Reader | None = None, png:
         scaled=scaled,
         curves=curves,
         claims=claims,
-        others=rows.attrs["others"],
         searches=search.views(folder),
     )
     path = folder / "report.html"
@@ -98,13 +99,12 @@ def render(
     scaled: str | None = None,
     curves: str | None = None,
     claims: Mapping[Claim, Mapping[str, Finding]] = MappingProxyType({}),
-    others: int = 0,
     searches: Sequence[dict] = (),
 ) -> str:
     """The page as text.
 
     ``failures``: those of ``table.failed``; ``figure``, ``scaled``, ``curves``: SVG elements; ``claims``: those of
-    ``judged``; ``others``: number of files of other plans; ``searches``: those of ``search.views``.
+    ``judged``; ``searches``: those of ``search.views``.
     """
     view = _view(
         summary,
@@ -113,7 +113,6 @@ def render(
         scaled=scaled,
         curves=curves,
         claims=claims,
-        others=others,
         searches=searches,
     )
     return _TEMPLATE.render(view)
@@ -132,15 +131,14 @@ def _view(
     scaled: str | None,
     curves: str | None,
     claims: Mapping[Claim, Mapping[str, Finding]],
-    others: int,
     searches: Sequence[dict],
 ) -> dict:
     plan = summary.plan
     planned, status = plan.get("trials", []), plan.get("status", {})
     failures = {trial["key"]: failures[trial["key"]] for trial in planned if trial["key"] in failures}
     notes = list(plan.get("notes", ()))
-    if others:
-        notes.append(f"Result files of other plans in this folder, left out: {others}.")
+    if summary.others:
+        notes.append(f"Result files of other plans in this folder, left out: {summary.others}.")
     lead, findings = answer(summary)
     bounds, controls = sections.bounds(summary), sections.controls(summary.controls)
     if controls and not bounds:

@@ -17,8 +17,9 @@ from perturbray.errors import InputError, nearest
 from perturbray.results import intervals, marks
 from perturbray.results.anchors import REPLICATE, Anchors
 from perturbray.results.cube import UNDEFINED, Cube
+from perturbray.results.reader import Reader, Results
 from perturbray.results.scales import Scale
-from perturbray.results.table import BESIDE, ROWS, replace_file, trials
+from perturbray.results.table import read_anchors, read_plan, read_reference, replace_file
 
 COMMON = "common"
 
@@ -38,6 +39,7 @@ class Summary:
     anchors: Anchors  # floor, ceiling and scaled scores of the common conditions
     controls: dict  # where effects take their control cells from: source, and the cells that say what it means
     cube: Cube | None = None  # the common conditions, for what compares columns in ways of its own
+    others: int = 0  # result files of other plans in the folder, left out
     half_rows: pd.DataFrame | None = (
         None  # at the base level against half of the cells, replicates too; None: no anchors
     )
@@ -48,7 +50,7 @@ class Summary:
         present = set(self.means["metric"]) if len(self.means) else set()
         return [name for name in self.plan.get("headline") or self.scales if name in present]
 
-    @property
+    @cached_property
     def series(self) -> list[str]:
         """Series with finished trials, in the plan's order of models, so that it does not change as trials end."""
         planned = [trial.get("columns", {}).get("model") for trial in self.plan.get("trials", ())]
@@ -57,7 +59,7 @@ class Summary:
         found = found.assign(place=found["model"].map(place).fillna(len(place)))
         return list(found.sort_values(["place", "series"])["series"])
 
-    @property
+    @cached_property
     def baselines(self) -> set[str]:
         """Those series that are baselines."""
         return set(self.trials.loc[self.trials["baseline"], "series"])
@@ -105,7 +107,7 @@ class Summary:
 
 
 def summarise(
-    table: pd.DataFrame,
+    table: Results | pd.DataFrame,
     plan: Mapping,
     *,
     reference: str | None = None,
@@ -114,25 +116,28 @@ def summarise(
     resamples: int = intervals.RESAMPLES,
     seed: int = intervals.SEED,
 ) -> Summary:
-    """Summarise a long table.
+    """Summarise results, or the long table of them.
 
     ``reference`` names the series that differences are taken to; by default the best baseline of each level and metric,
     which is the hardest of them, chosen on the same conditions. ``analytic``: the frame of ``read_reference``;
     ``anchors``: of ``read_anchors``.
     """
-    plan = dict(plan)
+    plan, results = dict(plan), table if isinstance(table, Results) else Results.of(table)
+    rows = results.rows
     recorded = {entry["name"]: entry for entry in plan.get("metrics", ())}
-    found = sorted(set(table["metric"].dropna()))
+    found = sorted(set(rows["metric"].dropna()))
     names = [name for name in recorded if name in found] + [name for name in found if name not in recorded]
     scales = {name: Scale.of(name, recorded.get(name)) for name in names}
-    runs = _runs(table, plan)
+    runs = _runs(results.trials, plan)
     if reference is not None and reference not in set(runs["series"]):
         raise InputError(f"no finished trial is of {reference!r}: {nearest(reference, runs['series'])}")
     bootstrap = {"resamples": resamples, "seed": seed}
     means, differences, changes, common_cube = [], [], [], None
-    rows = _narrow(table).merge(runs[["key", "series", "level", "x", "split_seed"]], on="key") if len(table) else table
-    for stratum in sorted(set(table["stratum"].dropna()), key=lambda name: (name != COMMON, name)):
-        cube = Cube.of(rows[rows["stratum"] == stratum], bootstrap=bootstrap)
+    if len(rows):
+        rows = rows.merge(runs[["key", "series", "level", "x", "split_seed"]], on="key")
+    common = _of_stratum(rows, COMMON)
+    for stratum in sorted(set(rows["stratum"].dropna()), key=lambda name: (name != COMMON, name)):
+        cube = Cube.of(common if stratum == COMMON else _of_stratum(rows, stratum), bootstrap=bootstrap)
         frame = _means(cube, runs=runs, stratum=stratum)
         difference, places = _differences(cube, frame, scales=scales, reference=reference)
         means.append(frame.merge(places, on=["metric", "level", "series"], how="left"))
@@ -141,9 +146,8 @@ def summarise(
             common_cube = cube
             changes.append(_changes(cube, levels=_levels(runs), scales=scales))
     means = _stack(means, MEANS)
-    common = rows[rows["stratum"] == COMMON] if len(table) else rows
     lost = means[(means["stratum"] == COMMON) & ((means["failed"] > 0) | (means["status"] == "failed_prediction"))]
-    truth = _truth(rows, runs, analytic) if analytic is not None and len(table) else pd.DataFrame()
+    truth = _truth(rows, runs, analytic) if analytic is not None and len(rows) else pd.DataFrame()
     found = Summary(
         plan=plan,
         scales=scales,
@@ -153,11 +157,19 @@ def summarise(
         changes=_stack(changes, CHANGES),
         statuses=_statuses(rows),
         truth=truth,
-        anchors=Anchors.of(common, anchors, scales=scales, failed=lost) if len(table) else Anchors.none(),
+        anchors=Anchors.of(common, anchors, scales=scales, failed=lost) if len(rows) else Anchors.none(),
         controls=_controls(common, plan),
         cube=common_cube,
+        others=results.others,
     )
     return replace(found, half_rows=_against_halves(common, anchors, found)) if anchors is not None else found
+
+
+def summary_of(folder: str | Path, *, reader: Reader | None = None) -> Summary:
+    """Of a results folder as it is now, with its anchors and what is known analytically."""
+    plan, results = read_plan(folder), (reader or Reader(folder)).read()
+    anchors = read_anchors(folder, keys=plan.get("anchors", ()))
+    return summarise(results, plan, analytic=read_reference(folder), anchors=anchors)
 
 
 MEANS = [
@@ -224,15 +236,15 @@ def _controls(rows: pd.DataFrame, plan: Mapping) -> dict:
     return found
 
 
-def _narrow(table: pd.DataFrame) -> pd.DataFrame:
-    """Without the columns of a trial that no statistic asks for: of ten thousand trials each copy of them would take GBs."""
-    asked = {*ROWS, *BESIDE, "key", "model", "dataset", "split", "ablation", "seed", "controls"}
-    return table[[name for name in table.columns if name in asked or name.startswith("covariate.")]]
+def _of_stratum(rows: pd.DataFrame, stratum: str) -> pd.DataFrame:
+    """Its rows; not a copy where there is no other stratum."""
+    inside = rows["stratum"] == stratum
+    return rows if inside.all() else rows[inside]
 
 
-def _runs(table: pd.DataFrame, plan: Mapping) -> pd.DataFrame:
+def _runs(trials: pd.DataFrame, plan: Mapping) -> pd.DataFrame:
     """One row a trial, with ``series``, ``level``, ``x`` and whether it is a baseline."""
-    runs = trials(table)
+    runs = trials.copy()
     runs["model"] = runs["model"].astype(str) if "model" in runs else runs["name"].astype(str)
     runs["series"] = _series(runs)
     runs["baseline"] = runs["model"].isin(plan.get("baselines", ()))

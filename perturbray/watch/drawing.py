@@ -14,6 +14,7 @@ from markupsafe import Markup
 from perturbray.errors import InputError
 from perturbray.results import dots, plots, search, sections, table
 from perturbray.results.intervals import RESAMPLES
+from perturbray.results.reader import Reader
 from perturbray.results.report import apart, drawn, figure_title, themed
 from perturbray.results.summary import summarise
 from perturbray.watch.state import RUNNING, State
@@ -36,15 +37,14 @@ class Drawing:
     problem: str = ""
 
 
-def draw(reader: table.Reader, state: State) -> Drawing:
+def draw(reader: Reader, state: State) -> Drawing:
     """What is known now. Raises InputError for a file that cannot be read."""
     searches = [drawn(search.view(one), number) for number, one in enumerate(state.searches) if len(one.trials)]
     if not state.finished:
         return Drawing(searches=tuple(searches))
     plan = dict(state.plan)
     resamples = QUICK if state.kind == RUNNING else RESAMPLES
-    rows = reader.read()
-    summary = summarise(rows, plan, anchors=table.read_anchors(reader.folder), resamples=resamples)
+    summary = summarise(reader.read(), plan, anchors=table.read_anchors(reader.folder), resamples=resamples)
     alone = len(summary.levels) == 1
     figure = dots.board(summary) if alone else plots.against_x(summary)
     curves = plots.curves(summary)
@@ -63,7 +63,7 @@ class Drawer(threading.Thread):
 
     def __init__(self, folder: Path, changed: Callable[[Drawing], None]) -> None:
         super().__init__(daemon=True, name="drawer")
-        self.reader, self.changed = table.Reader(folder), changed
+        self.reader, self.changed = Reader(folder), changed
         self._state: State | None = None
         self._wanted = threading.Event()
         self._seen: object = None

@@ -135,7 +135,7 @@ def memory(run: Run) -> None:
         print(f"  left out: {largest * CELL_BYTES * 1.2 / 1e9:.1f} GB of disk are needed, {free / 1e9:.1f} GB free")
         return
     peaks = {}
-    for cells in (largest // 4, largest // 2, largest):
+    for cells in (largest // 4, largest) if run.quick else (largest // 4, largest // 2, largest):
         with tempfile.TemporaryDirectory(prefix="streamed-", dir=place) as folder:
             path = Path(folder) / "screen.h5ad"
             screen(path, cells=cells, genes=run.size(5_000, 100))

@@ -3,9 +3,10 @@
 Parts, each of which can be run alone (--only folder):
 
   folder    a results folder with 10,000 trials, made of those of one real sweep with other seeds, variants and values:
-            seconds and memory to read it, to summarise it and to write its page, in a process of its own
+            seconds and memory of `perturbray report` (reading, summary, page with figures, leaderboard), of reading and
+            summary alone, of looking again when nothing is new, and of the whole table, each in a process of its own
   noop      a sweep of 1,000 trials that do next to nothing: seconds a trial, and of the last hundred over the first
-            hundred; memory of the driver after 100 trials and after all; files and bytes in results and in Tune's folder
+            hundred; memory of the driver after 100 trials, half and all; files and bytes in results and in Tune's folder
 
 Ray runs in this process's session, with 2 CPUs. CPU seconds are of whole processes; wall time is noisy on a busy machine.
 """
@@ -20,9 +21,9 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 from engine import sweep
 from harness import Report, parser
@@ -69,10 +70,11 @@ def multiply(source: Path, folder: Path, *, trials: int) -> Path:
         part = parts[trial["key"]]
         changes = {"key": key, "name": name, "seed": seed, "variant": variant}
         changes |= {"split.seed": seed} if "split.seed" in part.column_names else {}
-        arrays = {column: part[column] for column in part.column_names}
-        arrays |= {column: table._constant(value, len(part)) for column, value in changes.items()}
-        arrays["value"] = pa.array(part["value"].to_numpy() * (1 + 0.01 * rng.normal(size=len(part))))
-        pq.write_table(pa.table(arrays), folder / f"{key}.parquet", **table.LAYOUT)
+        rows = {column: part[column].to_numpy() for column in part.column_names if table.varies(column)}
+        rows["value"] = rows["value"] * (1 + 0.01 * rng.normal(size=len(part)))
+        constant = {name: part[name][0].as_py() for name in part.column_names if not table.varies(name)}
+        with patch("os.fsync"):  # no power cut here, and twice ten thousand waits for the disk
+            table.write_trial(folder, key, columns=constant | changes, rows=rows)
         made.append({"key": key, "name": name, "columns": {**trial["columns"], **changes}})
     table.write_plan(folder, {**plan, "trials": made, "status": {"state": "done"}})
     for path in [source / table.REFERENCE, *(source / table.ANCHORS).glob("*.parquet")]:
@@ -90,7 +92,7 @@ def folder(report: Report, *, quick: bool) -> None:
         sizes = [path.stat().st_size for path in many.glob("*.parquet")]
         report.figure("result_files", len(sizes), f"{trials}")
         report.figure("kilobytes_a_result", sum(sizes) / len(sizes) / 1000)
-        for what in ("read", "summarise", "report"):
+        for what in ("table", "summary", "again", "report"):
             done = subprocess.run(
                 [sys.executable, __file__, "--measure", what, str(many)], capture_output=True, text=True, check=True
             )
@@ -99,29 +101,33 @@ def folder(report: Report, *, quick: bool) -> None:
             report.figure(f"{what}_seconds", found["wall"], aim)
             report.figure(f"{what}_cpu_s", found["cpu"], aim)
             report.figure(f"{what}_peak_gb", found["peak_gb"])
-            report.figure(f"{what}_rows", found["rows"])
+            report.figure(f"{what}_{'bytes' if what == 'report' else 'rows'}", found["found"])
 
 
 def measure(what: str, folder: str) -> None:
-    """Prints what one look at a folder costs this process, imports and all."""
-    from perturbray.results.report import write_report
-    from perturbray.results.summary import summarise
+    """Prints what one look at a folder costs: imports and all, but ``again`` only the second look."""
+    from perturbray.results.reader import Reader
+    from perturbray.results.summary import summary_of
 
-    def read() -> int:
-        return len(pr.read(folder))
+    def report() -> int:
+        subprocess.run([sys.executable, "-m", "perturbray", "report", folder], stdout=subprocess.DEVNULL, check=True)
+        return (Path(folder) / "report.html").stat().st_size
 
-    def summary() -> int:
-        rows = pr.read(folder)
-        return len(summarise(rows, table.read_plan(folder), anchors=table.read_anchors(folder)).means)
-
-    def page() -> int:
-        return write_report(folder).stat().st_size
-
-    work: dict[str, Callable[[], int]] = {"read": read, "summarise": summary, "report": page}
-    started = time.perf_counter()
-    rows = work[what]()
-    spent, cpu = time.perf_counter() - started, time.process_time()
-    print(json.dumps({"wall": spent, "cpu": cpu, "peak_gb": peak(), "rows": rows}))
+    reader = Reader(folder)
+    work: dict[str, Callable[[], int]] = {
+        "table": lambda: len(pr.read(folder)),
+        "summary": lambda: len(summary_of(folder).means),
+        "again": lambda: len(reader.read().rows),
+        "report": report,
+    }
+    if what == "again":
+        reader.read()
+    started, before = time.perf_counter(), time.process_time() if what == "again" else 0.0
+    found = work[what]()
+    spent, used = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu = used.ru_utime + used.ru_stime if what == "report" else time.process_time() - before
+    most = used.ru_maxrss * 1024 / 1e9 if what == "report" else peak()
+    print(json.dumps({"wall": spent, "cpu": cpu, "peak_gb": most, "found": found}))
 
 
 def peak() -> float:
@@ -162,6 +168,7 @@ def noop(report: Report, *, quick: bool) -> None:
             report.figure(f"last_{name}_a_trial", last / (part - 1))
             report.ratio(f"last_over_first_{name}", last / first, "<= 1.5")
         report.figure("driver_peak_gb_early", ends.peaks[part - 1])
+        report.figure("driver_peak_gb_half", ends.peaks[trials // 2 - 1])
         report.figure("driver_peak_gb_end", ends.peaks[-1])
         for name, where in (("results", results.glob("*")), ("tune", (results / "tune").rglob("*"))):
             sizes = [file.stat().st_size for file in where if file.is_file()]

@@ -1,28 +1,18 @@
 """Names from data never become paths, and a results folder runs no code, whatever was put into it."""
 
-import os
 import pickle
 import shutil
 from pathlib import Path
 
 import anndata as ad
 import pytest
+from marker import Marker
 
 from perturbray import cli
 from perturbray.results import table
 
 NAMES = {"drug_001": "../../up", "drug_002": "/tmp/perturbray-absolute", "drug_003": "..", "drug_004": "a/b\\c"}
 CONTEXTS = {"line_a": "../../../line", "line_b": "."}
-
-
-class Marker:
-    """Makes a folder where it is unpickled."""
-
-    def __init__(self, place: Path) -> None:
-        self.place = place
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.place),)
 
 
 @pytest.fixture

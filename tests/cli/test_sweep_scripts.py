@@ -81,10 +81,11 @@ def test_another_task_is_a_name_and_its_fields(command, small_screen):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", BASELINES)
-def test_a_minute_of_a_script_runs(command, name, ray_session):
+@pytest.mark.parametrize(("name", "words"), [("transfer", ()), ("combination", ("--model", "latent_additive"))])
+def test_a_minute_of_a_script_runs(command, name, words, ray_session):
+    """The one with every model, the other with one of them."""
     path = next(path for path in SCRIPTS if path.stem == name)
-    ended = command("--smoke", "--set", "training.epochs=1", entry=script(path))
+    ended = command("--smoke", "--set", "training.epochs=1", *words, entry=script(path))
     assert (ended.code, ended.err) == (0, "")
     folder = Path(f"results/{name}-smoke")
     found = table.read(folder)

@@ -23,6 +23,8 @@ from perturbray.metrics.metric import Metric
 
 RAY = str(Path(sys.executable).parent / "ray")
 START = 120  # seconds that a node may take on a busy machine
+# Of a node that is switched off Ray knows after five checks that nobody answers, three seconds apart where nothing is said.
+SOON = {"RAY_health_check_period_ms": "500"}
 
 
 def free_port() -> int:
@@ -70,7 +72,7 @@ class Cluster:
         with log:
             self.nodes[name] = subprocess.Popen(
                 words,
-                env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "PATH": path, **environment},
+                env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "PATH": path, **SOON, **environment},
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
@@ -153,6 +155,8 @@ class Noting(pr.LatentAdditive):
     def build(self, vocabulary):
         note(FOLDER, "trial")
         time.sleep(SECONDS)
+        while Path(FOLDER, "hold").exists():
+            time.sleep(0.1)
         return super().build(vocabulary)
 
 
@@ -188,7 +192,8 @@ except InputError as error:
 
 
 def noting(folder: Path, *, secret: Sequence[Path] = (), seconds: float = 0.0) -> str:
-    """A plugin that notes in a folder what works where, and which secret files are seen there; its trials take time."""
+    """A plugin that notes in a folder what works where, and which secret files are seen there; its trials take time, and as
+    long as the folder has a file named ``hold``."""
     return NOTING % (str(folder), [str(path) for path in secret], seconds)
 
 

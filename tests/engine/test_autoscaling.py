@@ -89,8 +89,13 @@ def scaling(folder: Path, *, version: int = 2, **changes):
         found.close()
 
 
+@pytest.fixture(scope="module")
+def one_machine(ray_session, small_screen, tmp_path_factory):
+    return alone(small_screen, tmp_path_factory.mktemp("alone") / "out")
+
+
 @pytest.mark.parametrize("version", [2, 1])
-def test_a_sweep_begins_on_a_cluster_of_no_nodes_and_leaves_none(ray_session, small_screen, tmp_path, version):
+def test_a_sweep_begins_on_a_cluster_of_no_nodes_and_leaves_none(one_machine, small_screen, tmp_path, version):
     (tmp_path / "noting.py").write_text(noting(tmp_path))
     with scaling(tmp_path, version=version) as found:
         lines = found.start(DRIVER, small_screen, tmp_path / "out", tmp_path / "noting.py", 1).finish()
@@ -101,7 +106,7 @@ def test_a_sweep_begins_on_a_cluster_of_no_nodes_and_leaves_none(ray_session, sm
     (placed,) = [line for line in lines if "at once" in line]
     assert "2 trials at once (1 CPU, 1 GPU each), 1 scorer (0.2 CPU each, on nodes without a GPU)" in placed
 
-    assert_frame_equal(small.stable(tmp_path / "out"), alone(small_screen, tmp_path / "alone"), check_exact=True)
+    assert_frame_equal(small.stable(tmp_path / "out"), one_machine, check_exact=True)
 
 
 def test_nodes_that_cannot_be_launched_are_said_while_they_are_waited_for(small_screen, tmp_path):

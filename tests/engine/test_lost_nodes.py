@@ -20,13 +20,11 @@ def one_machine(ray_session, small_screen, tmp_path_factory):
 
 @pytest.fixture
 def begin(small_screen, tmp_path):
-    """Starts the sweep on a cluster, and returns once some trials are finished."""
+    """Starts the sweep on a cluster."""
 
-    def start(found, *, finished: int, seconds: float):
+    def start(found, *, seconds: float = 0.0):
         (tmp_path / "noting.py").write_text(noting(tmp_path, seconds=seconds))
-        driver = found.start(DRIVER, small_screen, tmp_path / "out", tmp_path / "noting.py", 1, SEEDS)
-        driver.until(lambda: len(table.finished(tmp_path / "out")) >= finished)
-        return driver
+        return found.start(DRIVER, small_screen, tmp_path / "out", tmp_path / "noting.py", 1, SEEDS)
 
     return start
 
@@ -38,7 +36,8 @@ def test_a_sweep_outlives_the_nodes_of_its_scorers_and_of_its_trials(begin, one_
     with cluster() as found:
         found.add("scorers", cpus=2)
         found.add("first", cpus=2, gpus=1)
-        driver = begin(found, finished=1, seconds=4.0)
+        driver = begin(found, seconds=4.0)
+        driver.until(lambda: done() >= 1)
         found.kill("scorers")
         found.add("second", cpus=2, gpus=1)
         before = done()
@@ -72,11 +71,15 @@ def test_trials_avoid_a_node_that_joined_and_does_not_see_the_results(begin, one
     if not can_hide():
         pytest.skip("this user may not mount: nodes cannot be made blind")
     (tmp_path / "out").mkdir()
+    (tmp_path / "hold").touch()
     with cluster() as found:
         found.add("seeing", cpus=3, gpus=1)
-        driver = begin(found, finished=1, seconds=10.0)  # so long that a process may start there meanwhile
+        driver = begin(found)
+        driver.until(lambda: any(note["what"] == "trial" for note in notes(tmp_path)))
         found.add("blind", cpus=2, gpus=1, hidden=[tmp_path / "out"])
-        lines = driver.finish()
-    assert [line for line in lines if f"joined and does not see {tmp_path / 'out'}: mount it there" in line], lines
+        said = f"joined and does not see {tmp_path / 'out'}: mount it there"
+        driver.until(lambda: any(said in line for line in driver.said()))
+        (tmp_path / "hold").unlink()
+        driver.finish()
     assert not table.failed(tmp_path / "out")
     assert_frame_equal(small.stable(tmp_path / "out"), one_machine, check_exact=True)

@@ -1,6 +1,7 @@
 """The kill campaign in short, and that it tells what would be wrong."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,10 +13,20 @@ SCRIPT = Path(__file__).with_name("campaign.py")
 
 
 @pytest.mark.slow
-def test_eight_kills_of_all_kinds_lose_nothing_and_run_nothing_twice(tmp_path):
-    words = ["--kills", "8", "--seed", "1", "--keep", tmp_path / "sweeps", "--json", tmp_path / "tally.json"]
+def test_a_kill_of_every_kind_loses_nothing_and_runs_nothing_twice(tmp_path):
+    words = [
+        "--kills",
+        str(len(campaign.KINDS)),
+        "--seed",
+        "1",
+        "--keep",
+        tmp_path / "sweeps",
+        "--json",
+        tmp_path / "tally.json",
+    ]
     ended = subprocess.run(
         [sys.executable, str(SCRIPT), *map(str, words)],
+        env={**os.environ, "RAY_health_check_period_ms": "500"},  # a node that vanished is noticed after five of them
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -24,7 +35,7 @@ def test_eight_kills_of_all_kinds_lose_nothing_and_run_nothing_twice(tmp_path):
     )
     assert ended.returncode == 0, ended.stdout
     tally = json.loads((tmp_path / "tally.json").read_text())
-    assert tally["kills"] == dict.fromkeys(campaign.KINDS, 2)
+    assert tally["kills"] == dict.fromkeys(campaign.KINDS, 1)
     assert tally["asked"] == tally["sweeps"] * campaign.TRIALS == tally["finished"] + tally["failed"]
     assert tally["begun"] >= tally["finished"]
     assert (tally["lost"], tally["twice"]) == (0, 0)
@@ -58,8 +69,6 @@ def run_in(folder: Path) -> campaign.Run:
     ("what", "lost", "twice"), [("nothing", 0, 0), ("again", 0, 1), ("rewritten", 1, 0), ("deleted", 1, 0)]
 )
 def test_a_trial_run_again_and_a_result_written_again_or_gone_are_counted(tmp_path, what, lost, twice):
-    import os
-
     import pyarrow as pa
     import pyarrow.parquet as pq
 

@@ -187,7 +187,7 @@ def mean_probe(spec: CPA, epochs: int) -> float:
 
 @pytest.mark.slow
 def test_the_adversary_takes_the_perturbation_out_of_the_basal_state():
-    without, against = mean_probe(CPANoAdversary(**TOY), 60), mean_probe(CPA(**TOY, **AGAINST), 150)
+    without, against = mean_probe(CPANoAdversary(**TOY), 60), mean_probe(CPA(**TOY, **AGAINST), 60)
     assert against <= without - 0.08
 
 
@@ -198,4 +198,4 @@ def test_an_encoder_that_helps_the_classifiers_keeps_the_perturbation():
 
 @pytest.mark.slow
 def test_the_adversary_works_without_the_divergence_too():
-    assert mean_probe(CPA(**TOY, **AGAINST, variational=False), 150) <= 0.80
+    assert mean_probe(CPA(**TOY, **AGAINST, variational=False), 60) <= 0.80

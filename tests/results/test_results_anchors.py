@@ -8,6 +8,7 @@ from test_results_report import Page
 
 from perturbray.metrics import calibration
 from perturbray.results import anchors, plots, table
+from perturbray.results.cube import texts
 from perturbray.results.report import write_report
 from perturbray.results.sections import controls
 from perturbray.results.summary import summarise
@@ -312,3 +313,19 @@ def test_the_cosine_expected_of_shared_controls_is_printed_from_the_counts():
 
 def test_half_values_are_no_constant_of_a_trial(anchored):
     assert "value_half" not in table.trials(table.read(anchored))
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        pd.Series(["b", "a", None, "b", "nan"], dtype="category"),
+        pd.Series(["b", "a", "b"], dtype="category").iloc[:1],
+        pd.Series([2, 10, 1, 2]),
+        pd.Series([0.5, np.nan, 10.0, 0.5]),
+        pd.Series([1, "1", 2, 1], dtype=object),
+    ],
+)
+def test_texts_are_those_of_each_value_in_the_order_of_text(values):
+    found, expected = texts(values), [str(value) for value in values.astype(object)]
+    assert list(found) == expected
+    assert list(found.categories) == sorted(set(expected))

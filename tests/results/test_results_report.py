@@ -10,6 +10,7 @@ from fake_sweep import MODELS, anchored_sweep, fake_plan, fake_sweep, finish
 
 from perturbray.errors import InputError
 from perturbray.results import plots, scatter, sections, table
+from perturbray.results.reader import Reader
 from perturbray.results.report import render, write_report
 from perturbray.results.summary import summarise
 
@@ -228,7 +229,7 @@ def test_the_page_works_after_each_trial(tmp_path):
     plan = fake_plan(models=["no_change", "decoder"], levels=(0.0, 0.3), seeds=1, status={"state": "running"})
     plan["headline"] = ["cosine/logfc_logmean"]
     table.write_plan(tmp_path, plan)
-    reader = table.Reader(tmp_path)
+    reader = Reader(tmp_path)
     for done, trial in enumerate(plan["trials"], start=1):
         finish(tmp_path, trial)
         page = Page(write_report(tmp_path, reader=reader).read_text(encoding="utf-8"))

@@ -132,23 +132,6 @@ def test_files_of_other_plans_are_left_out_and_counted(tmp_path):
     assert frame.attrs["others"] == 1
 
 
-def test_a_reader_opens_only_new_files_and_agrees_with_a_fresh_one(tmp_path, monkeypatch):
-    plan = fake_sweep(tmp_path / "s", models=["no_change", "decoder"], seeds=1, trials=3)
-    opened = []
-    read = table._read_parquet
-    monkeypatch.setattr(
-        table, "_read_parquet", lambda path, **options: opened.append(path.stem) or read(path, **options)
-    )
-    reader = table.Reader(tmp_path / "s")
-    reader.read()
-    assert sorted(opened) == sorted(trial["key"] for trial in plan["trials"][:3])
-    opened.clear()
-    finish(tmp_path / "s", plan["trials"][3])
-    pd.testing.assert_frame_equal(reader.read(), table.read(tmp_path / "s"))
-    assert opened.count(plan["trials"][3]["key"]) == 2
-    assert opened.count(plan["trials"][0]["key"]) == 1  # the fresh one
-
-
 def test_selected_columns_are_read_and_absent_ones_left_out(finished_sweep):
     frame = table.read(finished_sweep, columns=["key", "metric", "value", "model.nothing"])
     assert list(frame.columns) == ["key", "metric", "value"]

@@ -9,6 +9,7 @@ from fake_sweep import fake_sweep
 from said import say
 
 from perturbray.results import live, table
+from perturbray.results.reader import Reader
 from perturbray.watch import page
 from perturbray.watch.drawing import Drawing, draw
 from perturbray.watch.state import Folder
@@ -55,7 +56,7 @@ def test_names_from_data_never_become_markup(tmp_path):
     assert whole.count("<script>") == 1, "the page's own"
     assert "<img" not in whole
     assert whole.count("&lt;script&gt;alert(1)") >= 9
-    fragments = "".join(page.fragments(state, draw(table.Reader(tmp_path), state), EVIL).values())
+    fragments = "".join(page.fragments(state, draw(Reader(tmp_path), state), EVIL).values())
     assert "<script" not in fragments
     assert "<img" not in fragments
 
@@ -63,7 +64,7 @@ def test_names_from_data_never_become_markup(tmp_path):
 def test_the_leaderboard_and_the_figures_are_those_of_the_report(half):
     folder, _ = half
     state = Folder(folder).look()
-    drawing = draw(table.Reader(folder), state)
+    drawing = draw(Reader(folder), state)
     found = page.fragments(state, drawing, str(folder))
     assert drawing.trials == 10
     assert "so far, 10 of 16 trials" in text(found["board"])
@@ -77,7 +78,7 @@ def test_the_leaderboard_and_the_figures_are_those_of_the_report(half):
 def test_so_far_is_said_of_a_sweep_that_goes_on_alone(tmp_path):
     fake_sweep(tmp_path, failing=2, levels=(0.0,), seeds=1)
     state = Folder(tmp_path).look()
-    title = text(page.fragments(state, draw(table.Reader(tmp_path), state), "")["board"])
+    title = text(page.fragments(state, draw(Reader(tmp_path), state), "")["board"])
     assert title.startswith("Leaderboard, 6 of 8 trials")
 
 
