@@ -6,6 +6,7 @@ import signal
 import socket
 import stat
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from pathlib import Path
 
 from perturbray.errors import InputError
 from perturbray.placement import Node, Placement, amounts
+from perturbray.results import table
 
 FREED_OFTEN = "RAY_free_objects_period_milliseconds", "100"  # Ray's own second holds windows that are done with
 JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set in a process that was started by `ray job submit`
@@ -103,6 +105,7 @@ def connect(address: str | None = None, *, say: Callable[[str], None] = lambda _
         _check_address(address)
     options = {"log_to_driver": False, "logging_level": "ERROR"}
     if address is None:
+        check_temporary()
         options |= {"address": "local", "include_dashboard": True}  # without "local" Ray joins whatever runs here
     else:
         options |= {"address": address}
@@ -120,6 +123,22 @@ def connect(address: str | None = None, *, say: Callable[[str], None] = lambda _
         yield _describe(context.dashboard_url or "", token, shared=address is not None)
     finally:
         ray.shutdown()
+
+
+def check_temporary() -> None:
+    """Raise InputError where Ray's temporary folder on this machine is full: its processes need it, and so does Tune."""
+    import ray
+
+    node = ray._private.worker._global_node
+    place = Path(node.get_session_dir_path() if node else os.environ.get("RAY_TMPDIR") or tempfile.gettempdir())
+    try:
+        table.probe(place)
+    except OSError as error:
+        if error.errno in table.FULL:
+            raise InputError(
+                f"{place}: Ray's temporary folder is full ({error.strerror}); {table.ROOM}, or name another folder with "
+                "RAY_TMPDIR: finished trials are kept"
+            ) from None
 
 
 def _check_address(address: str) -> None:

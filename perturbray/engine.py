@@ -13,26 +13,28 @@ import cloudpickle
 import numpy as np
 
 from perturbray import plugin, scoring
-from perturbray.cluster import connect, settle
+from perturbray.cluster import check_temporary, connect, settle
 from perturbray.curves import keepers
 from perturbray.data.dataset import DatasetSpec, open_screen, target_sum
 from perturbray.data.loading import Delivery
 from perturbray.data.splits import TRAIN
 from perturbray.data.store import Store
 from perturbray.data.truth import digest, observe
+from perturbray.errors import MemoryShortError
 from perturbray.events import Events
 from perturbray.metrics.cell_metrics import COMPONENTS
 from perturbray.metrics.distribution import fit_pca
 from perturbray.placement import SCORER_CPUS, Placement, place
 from perturbray.plan import Plan, reference, task_of, versions
 from perturbray.prediction import Truth
-from perturbray.process import BLIND, LOST, Shared, newest_first, train, trainable
+from perturbray.process import ASIDE, BLIND, LOST, Shared, newest_first, train, trainable
 from perturbray.randomness import generator
 from perturbray.recorder import recording
 from perturbray.results import table
 from perturbray.trial import Trial
 
 ROUNDS = 3  # times that trials lost with their process are started again
+OOM = "OOM kill reason: "  # begins the line in which Ray says, in numbers, why its memory monitor killed a process
 PCA_CELLS = 50_000  # training cells that the space of distribution metrics is fitted on
 
 
@@ -68,6 +70,9 @@ def run_sweep(
         if wanted:
             try:
                 _run(plan, wanted, stores, address=address, gpus=gpus, plugins=plugins, events=events)
+            except MemoryShortError as error:
+                events.line(str(error))
+                _give_up(plan, str(error))
             except BaseException:  # also Ctrl-C while nodes are waited for
                 _end(plan, "interrupted")
                 raise
@@ -92,6 +97,7 @@ def _run(
         import ray
 
         from perturbray.data import blocks
+        from perturbray.memory import Watch
         from perturbray.metrics.pool import WAITING, WAITING_CELLS, Pool
         from perturbray.nodes import check_sight, home
 
@@ -112,9 +118,9 @@ def _run(
             plugins=plugins,
         )
         waiting = WAITING_CELLS if plan.sweep.needs_cells else WAITING
-        pool = None
+        pool, memory = None, Watch(lambda: len(table.finished(plan.folder)))
         if placement.scorers:
-            options = {"actors": placement.scorers, "cpus": SCORER_CPUS, "waiting": waiting}
+            options = {"actors": placement.scorers, "cpus": SCORER_CPUS, "waiting": waiting, "wait": memory.wait}
             if cluster.shared:
                 # What Ray is told they take is nothing, though room is left for them: one that is started again after its
                 # node is gone must not wait for room that trials hold which wait for it.
@@ -147,18 +153,34 @@ def _run(
                     for key, anchor in plan.anchors.items():
                         if key not in table.anchored(plan.folder):
                             work(anchor, truths)
-                Rounds(plan, shared, placement, tune_folder, events, growing=cluster.shared).run()
+                Rounds(plan, shared, placement, tune_folder, events, memory, growing=cluster.shared).run()
                 state = "done"
             finally:
-                if pool is not None:
-                    pool.drain()  # what is trained is scored, also after Ctrl-C
-                    pool.stop()
-                _end(plan, state)
+                try:
+                    if pool is not None:
+                        pool.drain()  # what is trained is scored, also after Ctrl-C
+                finally:
+                    if pool is not None:
+                        pool.stop()
+                    _end(plan, state)
 
 
 def _end(plan: Plan, state: str) -> None:
     with suppress(OSError):  # of a full disk, which is told by what it kept from being stored
         table.write_plan(plan.folder, {**table.read_plan(plan.folder), "status": {"state": state}})
+
+
+def _give_up(plan: Plan, reason: str) -> None:
+    """Trials that have neither a result nor a record failed for that reason."""
+    for key in _left(plan):
+        table.write_failure(plan.folder, key, name=plan.trials[key].name, error=reason)
+    _end(plan, "done")
+
+
+def _left(plan: Plan) -> list[str]:
+    """Trials that have neither a result nor a record."""
+    failed = table.failed(plan.folder)
+    return [key for key in plan.remaining() if key not in failed]
 
 
 def _store(plan: Plan, command: str) -> None:
@@ -176,18 +198,28 @@ class Rounds:
     its own monitor kills a process; and a trial that was lost has neither a result nor a record."""
 
     def __init__(
-        self, plan: Plan, shared: Shared, placement: Placement, tune_folder: Path, events: Events, *, growing: bool
+        self,
+        plan: Plan,
+        shared: Shared,
+        placement: Placement,
+        tune_folder: Path,
+        events: Events,
+        memory: "Watch",  # noqa: F821  # imports ray
+        *,
+        growing: bool,
     ) -> None:
         self.plan, self.shared, self.placement, self.events = plan, shared, placement, events
-        self.tune_folder, self.growing = tune_folder, growing
+        self.tune_folder, self.memory, self.growing = tune_folder, memory, growing
         self.reasons: dict[str, str] = {}  # why a trial was lost the last time
         self.blind: dict[str, str] = {}  # nodes that joined and do not see the folder, by id: trials avoid them
 
     def run(self) -> None:
         """Until every trial is finished or recorded as failed, with its reason."""
+        from perturbray.nodes import anywhere
+
         number = again = 0
         while number < ROUNDS:
-            keys, anchors = self.left(), self.anchors()
+            keys, anchors = _left(self.plan), self.anchors()
             if not keys and not anchors:
                 break
             if again:
@@ -197,21 +229,11 @@ class Rounds:
             self.round(keys, anchors, self.tune_folder.with_name(f"{self.tune_folder.name}-{again}"))
             again += 1
             number += len(self.blind) == known  # else the trials met a node that the next round avoids
-            if len(self.blind) > known and not self.anywhere():
+            if len(self.blind) > known and not anywhere(self.placement, avoid=self.blind):
                 break
-        for key in self.left():
+        for key in _left(self.plan):
             reason = self.reasons.get(key, f"its process died {again} times")
             table.write_failure(self.plan.folder, key, name=self.plan.trials[key].name, error=reason)
-
-    def left(self) -> list[str]:
-        failed = table.failed(self.plan.folder)
-        return [key for key in self.plan.remaining() if key not in failed]
-
-    def anywhere(self) -> bool:
-        """Whether a node is there that sees the folder and has room for a trial."""
-        from perturbray.nodes import there
-
-        return any(self.placement.runs_on(node) for node in there() if node.id not in self.blind)
 
     def anchors(self) -> dict[str, scoring.Anchor]:
         """What is to be scored beside the trials and is not yet, by its name in the pool, which they are scored in."""
@@ -233,6 +255,7 @@ class Rounds:
             self.reasons |= {item.name: f"{type(item.error).__name__}: {item.error}" for item in failed}
             pool.revive()
         table.create(self.plan.folder)  # raises where the disk is full: neither results nor reasons could be stored
+        check_temporary()
 
     def ended(self, key: str, result: Mapping[str, Any]) -> None:
         """What a trial said at its end, in the place of a result."""
@@ -246,6 +269,10 @@ class Rounds:
             if node not in self.blind:
                 self.blind[node] = name
                 self.events.line(f"{self.reasons[key]}; trials that came there are run again elsewhere")
+
+    def tell(self, key: str, what: str) -> None:
+        """Say what happened to a trial that goes on."""
+        self.events.line(f"{self.plan.trials[key].name} ({key}): {what}")
 
     def died(self, key: str, said: str) -> None:
         """A trial's process died once too often in a round."""
@@ -263,7 +290,7 @@ class Rounds:
             param_space={"key": tune.grid_search(keys)},
             tune_config=tune.TuneConfig(
                 reuse_actors=True,  # a fresh process a trial costs 2 s of imports
-                scheduler=newest_first(),
+                scheduler=newest_first()(),
                 # Where nodes may join, only room is a limit: one that nobody knew of is used too.
                 max_concurrent_trials=None if self.growing else self.placement.at_once,
                 trial_name_creator=lambda trial: trial.config["key"],
@@ -293,7 +320,13 @@ def _callback(rounds: Rounds):
         def on_trial_start(self, iteration, trials, trial, **info) -> None:
             self.events.started(trial.config["key"])
 
+        def on_step_end(self, iteration, trials, **info) -> None:
+            self.rounds.memory.check()
+
         def on_trial_result(self, iteration, trials, trial, result, **info) -> None:
+            self.rounds.memory.moved()
+            if ASIDE in result:
+                self.rounds.tell(trial.config["key"], result[ASIDE])
             self.events.reported(trial.config["key"], result)
 
         def on_trial_complete(self, iteration, trials, trial, **info) -> None:
@@ -302,8 +335,9 @@ def _callback(rounds: Rounds):
 
         def on_trial_error(self, iteration, trials, trial, **info) -> None:
             self.events.stopped(trial.config["key"])
-            said = (trial.get_error() or "").strip().splitlines()
-            self.rounds.died(trial.config["key"], said[-1] if said else "it said nothing")
+            said = (trial.get_error() or "it said nothing").strip().splitlines()
+            why = [line for line in said if line.startswith(OOM)]  # advice that is the same for all comes after it
+            self.rounds.died(trial.config["key"], (why or said)[-1])
 
     return Callback(rounds)
 

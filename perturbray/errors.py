@@ -8,6 +8,10 @@ class InputError(ValueError):
     """Bad input from the user. The command line prints the message without a traceback and exits with code 2."""
 
 
+class MemoryShortError(Exception):
+    """Ray's memory monitor kills what is started, whatever it is; the message says in numbers why."""
+
+
 def nearest(name: str, options: Iterable[str], *, most: int = 3) -> str:
     """A clause that names the closest options, e.g. ``did you mean 'cosine'?``; all of them where none is close."""
     options = sorted({str(option) for option in options})

@@ -70,6 +70,11 @@ def home(number: int) -> dict:
     return {"label_selector": only([belongs[number % len(belongs)]]), "fallback_strategy": others}
 
 
+def anywhere(placement: Placement, *, avoid: Iterable[str]) -> bool:
+    """Whether a node is there that has room for a trial, beside those to avoid."""
+    return any(placement.runs_on(node) for node in there() if node.id not in set(avoid))
+
+
 def ask(function: Any, *arguments: Any, nodes: Iterable[str], seconds: float = ANSWER_SECONDS) -> dict[str, Any]:
     """What a remote function that takes no CPU answers on each node, by id; the error where a node gave none."""
     tasks = {

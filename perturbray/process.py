@@ -25,6 +25,7 @@ CHECKPOINT_SECONDS = 30.0  # between two checkpoints of a trial
 SETTLE_SECONDS = 5.0  # in which a network file system shows to one node what another has written
 BLIND = "blind"  # what a trial reports in the place of a result, where its node does not see the sweep's folder
 LOST = "lost"  # and where something that it needs went with another node or process
+ASIDE = "aside"  # beside its first report: which checkpoint it could not go on from
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,8 +66,8 @@ def trainable(function: Callable, placement: Placement, *, name: str, avoid: Ite
     return made
 
 
-def newest_first():
-    """Tune's order, so that every process gets to work: one that is free takes a trial for which none was asked.
+def newest_first() -> type:
+    """A scheduler of Tune's, whose order puts every process to work: one that is free takes a trial for which none was asked.
 
     Tune's own gives it the oldest that waits, and ends the process that was starting for that one: of trials that are
     shorter than such a start, a single process would run all, one by one.
@@ -78,7 +79,7 @@ def newest_first():
         def choose_trial_to_run(self, tune_controller):
             return next((t for t in reversed(tune_controller.get_trials()) if t.status == Waiting.PENDING), None)
 
-    return NewestFirst()
+    return NewestFirst
 
 
 def train(config: dict, *, shared: Shared) -> None:
@@ -92,10 +93,8 @@ def train(config: dict, *, shared: Shared) -> None:
     if not sees(shared.marker):  # not the trial's fault: it is run again on another node
         tune.report({"failed": 1, BLIND: node()})
         return
-    if table.has(
-        shared.folder, key
-    ):  # the process that ran it was killed before Tune had its word, and Tune starts it again
-        tune.report({"failed": 0})
+    if table.has(shared.folder, key) and (key not in shared.models or shared.models[key].exists()):
+        tune.report({"failed": 0})  # whoever ran it was killed before Tune had its word, and Tune starts it again
         return
     plugin.install(shared.plugins)
     trial: Trial = pickle.loads(shared.trials[key])
@@ -170,6 +169,7 @@ class Checkpoints:
     def __init__(self, tune, *, title: str, seconds: float = CHECKPOINT_SECONDS) -> None:
         self.tune, self.title, self.seconds = tune, title, seconds
         self.last = time.monotonic()
+        self.aside: dict[str, str] = {}  # to be told with the next report
         show(title)
 
     def restore(self) -> dict | None:
@@ -182,12 +182,14 @@ class Checkpoints:
         try:
             with stored.as_directory() as folder:
                 return checkpoint.load(folder)
-        except checkpoint.UNREADABLE:  # of a full disk, or a node that died: Tune would hand out the same one for ever
+        except checkpoint.UNREADABLE as error:  # of a full disk, or a node that died: Tune would hand it out for ever
+            why = f"{type(error).__name__}: {error}".splitlines()[0]
+            self.aside = {ASIDE: f"its checkpoint {stored.path} cannot be read ({why}): it begins again"}
             return None
 
     def report(self, values: dict[str, float], snapshot: Callable[[], dict]) -> None:
         if time.monotonic() - self.last < self.seconds:
-            self.tune.report(values | usage())
+            self.tune.report(self._all(values))
             show(self.title)
             return
         self._report(values, snapshot())
@@ -204,8 +206,12 @@ class Checkpoints:
 
         with tempfile.TemporaryDirectory() as folder:
             checkpoint.save(folder, state)
-            self.tune.report(values | usage(), checkpoint=self.tune.Checkpoint.from_directory(folder))
+            self.tune.report(self._all(values), checkpoint=self.tune.Checkpoint.from_directory(folder))
         show(self.title)
+
+    def _all(self, values: dict) -> dict:
+        aside, self.aside = self.aside, {}
+        return values | usage() | aside
 
 
 def usage() -> dict[str, float]:

@@ -77,7 +77,8 @@ def score(
 ) -> None:
     """Evaluate every metric and write the Parquet file of a trial or an anchor: the last thing that happens to it.
 
-    An error is recorded beside the finished trials, with the trial's name, and raised.
+    An error is recorded beside the finished trials, with the trial's name, and raised. A trial that is stored stays as it
+    is: one whose process died after it had handed its prediction over is run again, and comes twice.
     """
     plugin.install(plugins)  # a user's scores and effects
     truth = truths[item.truth]
@@ -91,7 +92,8 @@ def score(
         rows = _trial_rows(item, truth, metrics, source)
         columns = {**item.columns, "controls": source}
         columns |= {"scoring": began, "score_seconds": time.perf_counter() - started, "ended": now()}
-        table.write_trial(folder, item.key, columns=columns, rows=rows)
+        if not table.has(folder, item.key):  # another scorer may have been at it
+            table.write_trial(folder, item.key, columns=columns, rows=rows)
     except LostCellsError:  # not the trial's fault: without a result and without a record, it is run again
         raise
     except Exception as error:

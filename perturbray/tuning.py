@@ -11,7 +11,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -19,16 +19,26 @@ from pathlib import Path
 import cloudpickle
 
 from perturbray import plugin
-from perturbray.cluster import Cluster, connect, settle
+from perturbray.cluster import Cluster, check_temporary, connect, settle
 from perturbray.course import Course, SearchError, reason
 from perturbray.curves import keepers
 from perturbray.data.dataset import Conditions, open_screen, target_sum
 from perturbray.engine import ROUNDS, deliver
-from perturbray.errors import InputError
+from perturbray.errors import InputError, MemoryShortError
 from perturbray.events import Events
 from perturbray.placement import Node, Placement, place
 from perturbray.plan import Plan
-from perturbray.process import CHECKPOINT_SECONDS, Checkpoints, node, one_thread, sees, trainable
+from perturbray.process import (
+    ASIDE,
+    BLIND,
+    CHECKPOINT_SECONDS,
+    Checkpoints,
+    newest_first,
+    node,
+    one_thread,
+    sees,
+    trainable,
+)
 from perturbray.recorder import recording
 from perturbray.results import ledger, table
 from perturbray.search import Search, Tuned
@@ -88,18 +98,21 @@ def tune(
     """
     events, track = events or Events(), tuple(track)
     found: list[Trial] = []
-    for search in sweep.searches:
-        search = search if gpus is None else replace(search, gpus=gpus)
-        course, best = _search(sweep, search, folder, address, plugins, events, track)
-        sides = course.borders()
-        for path, side in sides.items():
-            events.line(f"search of {search.shown}: the best {path}, {best['values'][path]:g}, lies at the {side} end")
-        if search.widen and sides:
-            wider = replace(search, space=widen(search.space, sides), first=(best["values"],), widen=False)
-            events.line(f"search of {search.shown}: once more, with {', '.join(sides)} widened")
-            _, again = _search(sweep, wider, folder, address, plugins, events, track)
-            best = min(best, again, key=lambda record: record[OBJECTIVE])
-        found += _tuned(search, best, folder, course, events)
+    with table.made(folder):
+        for search in sweep.searches:
+            search = search if gpus is None else replace(search, gpus=gpus)
+            course, best = _search(sweep, search, folder, address, plugins, events, track)
+            sides = course.borders()
+            for path, side in sides.items():
+                events.line(
+                    f"search of {search.shown}: the best {path}, {best['values'][path]:g}, lies at the {side} end"
+                )
+            if search.widen and sides:
+                wider = replace(search, space=widen(search.space, sides), first=(best["values"],), widen=False)
+                events.line(f"search of {search.shown}: once more, with {', '.join(sides)} widened")
+                _, again = _search(sweep, wider, folder, address, plugins, events, track)
+                best = min(best, again, key=lambda record: record[OBJECTIVE])
+            found += _tuned(search, best, folder, course, events)
     return replace(sweep, trials=(*sweep.trials, *found), searches=())
 
 
@@ -179,43 +192,86 @@ def _run(
         f"search of {search.shown} ({search.way}): {len(course.records)} of {search.samples} trials known; {placement}; "
         f"minimises {search.objective.name} on {len(judge.truth)} validation conditions"
     )
+    _rounds(course, setting, placement, plan.folder / "tune", events, track)
+
+
+def _rounds(
+    course: Course, setting: Setting, placement: Placement, folder: Path, events: Events, track: tuple[str, ...]
+) -> None:
+    """Tune's runs of a search: again where Tune gave up, or met a node that trials are to avoid."""
+    from perturbray.memory import Watch
+    from perturbray.nodes import anywhere
+
     stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
-    for number in range(ROUNDS):
-        ended = len(course.records)
+    trouble = Trouble(Watch(lambda: len(course.records) - len(course.failed)))
+    number = again = 0
+    while number < ROUNDS:
+        ended, known = len(course.records), len(trouble.blind)
         try:
-            _fit(
-                course,
-                setting,
-                placement,
-                plan.folder / "tune" / f"{course.folder.name}-{stamp}-{number}",
-                events,
-                track,
-            )
-        except RuntimeError as error:
+            tune_folder = folder / f"{course.folder.name}-{stamp}-{again}"
+            _fit(course, setting, placement, tune_folder, events, track, trouble)
+        except MemoryShortError as error:
+            for name, one in list(course.running.items()):
+                course.end(name, error=f"out of memory: {error}")
+                events.judged(course.folder.name, one.number)
+            raise SearchError(f"search of {course.search.shown}: {error}") from None
+        except (RuntimeError, OSError, EOFError) as error:  # the last two: of a full disk
             events.line(f"Ray Tune gave up ({error})")
+            table.create(folder.parent)
+            check_temporary()
         finally:
             for name, one in list(course.running.items()):
                 course.lose(name)
                 events.judged(course.folder.name, one.number)
-        if course.over or len(course.records) == ended:
+        met = len(trouble.blind) > known
+        again, number = again + 1, number + (not met)
+        if course.over or not (met or len(course.records) > ended) or not anywhere(placement, avoid=trouble.blind):
             return
 
 
+@dataclass
+class Trouble:
+    """What a search has met that no trial is to blame for."""
+
+    memory: "Watch"  # noqa: F821  # imports ray
+    blind: dict[str, str] = field(default_factory=dict)  # nodes that joined and do not see the folder, by id
+    again: bool = False  # such a node came up since this round began, which is to end
+    unstored: OSError | None = None  # why a record could not be written in this round, which is to end
+
+    def meet(self, said: str, folder: Path, events: Events) -> None:
+        """A trial came to a node that does not see the folder."""
+        place, _, name = said.partition(" ")
+        self.again = True
+        if place not in self.blind:
+            self.blind[place] = name
+            events.line(
+                f"node {name} joined and does not see {folder}: mount it there; trials that came there are run again "
+                "elsewhere"
+            )
+
+
 def _fit(
-    course: Course, setting: Setting, placement: Placement, tune_folder: Path, events: Events, track: tuple[str, ...]
+    course: Course,
+    setting: Setting,
+    placement: Placement,
+    tune_folder: Path,
+    events: Events,
+    track: tuple[str, ...],
+    trouble: Trouble,
 ) -> None:
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # Ctrl-C reaches us as KeyboardInterrupt
     os.environ["TUNE_DISABLE_STRICT_METRIC_CHECKING"] = "1"  # an epoch at which nobody looked has no objective
     from ray import tune
 
-    searcher, scheduler, callback = _adapters(course, _Lines(course, events))
+    trouble.again, trouble.unstored = False, None
+    searcher, scheduler, callback = _adapters(course, _Lines(course, events), trouble)
     setting = replace(setting, marker=tune_folder.resolve())
 
     def what(config: dict) -> dict:
         return course.search.trial(config["values"]).columns()
 
     tuner = tune.Tuner(
-        trainable(train, placement, name=f"trial {course.folder.name}", setting=setting),
+        trainable(train, placement, name=f"trial {course.folder.name}", avoid=trouble.blind, setting=setting),
         tune_config=tune.TuneConfig(
             search_alg=searcher,
             scheduler=scheduler,
@@ -233,12 +289,14 @@ def _fit(
         ),
     )
     tuner.fit()
+    if trouble.unstored:
+        raise trouble.unstored
 
 
-def _adapters(course: Course, lines: "_Lines") -> tuple:
+def _adapters(course: Course, lines: "_Lines", trouble: Trouble) -> tuple:
     """What Tune asks and tells, as its own kinds of object. It pickles them, and never needs them back."""
     from ray import tune
-    from ray.tune.schedulers import FIFOScheduler, TrialScheduler
+    from ray.tune.schedulers import TrialScheduler
     from ray.tune.search import Searcher
 
     class Unstored:
@@ -252,6 +310,8 @@ def _adapters(course: Course, lines: "_Lines") -> tuple:
 
     class Proposals(Unstored, Searcher):
         def suggest(self, trial_id):
+            if trouble.again or trouble.unstored:
+                return Searcher.FINISHED
             values = course.begin(trial_id)
             if values is None:
                 return Searcher.FINISHED if course.over != "samples" or not course.running else None
@@ -261,17 +321,27 @@ def _adapters(course: Course, lines: "_Lines") -> tuple:
         def on_trial_complete(self, trial_id, result=None, error=False):
             if trial_id not in course.running:
                 return
-            result, number = result or {}, course.running[trial_id].number
+            number = course.running[trial_id].number
+            try:
+                self._end(trial_id, result or {}, error)
+            except OSError as full:  # Tune would take it for an error of the trial's, and go on for ever
+                trouble.unstored = full
+            lines.events.judged(course.folder.name, number)
+            lines.ended()
+
+        def _end(self, trial_id, result, error):
             if error:
-                course.end(trial_id, error=f"its process died {DEATHS + 1} times")
+                blamed = trouble.memory.blame(time.monotonic() - course.running[trial_id].began)
+                course.end(trial_id, error=f"its process died {DEATHS + 1} times{blamed}")
+            elif BLIND in result:
+                course.lose(trial_id)
+                trouble.meet(result[BLIND], course.folder, lines.events)
             elif "failed" in result:
                 course.end(trial_id, error=result["failed"])
             elif result.get("final"):
                 course.end(trial_id, final=_numbers(result, course.search))
             else:
                 course.end(trial_id)
-            lines.events.judged(course.folder.name, number)
-            lines.ended()
 
         def save(self, checkpoint_path):
             Path(checkpoint_path).touch()
@@ -279,8 +349,11 @@ def _adapters(course: Course, lines: "_Lines") -> tuple:
         def restore(self, checkpoint_path):
             raise NotImplementedError("a search goes on from its own files")
 
-    class Halt(Unstored, FIFOScheduler):
+    class Halt(Unstored, newest_first()):
         def on_trial_result(self, tune_controller, trial, result):
+            trouble.memory.moved()
+            if ASIDE in result and (one := course.running.get(trial.trial_id)):
+                lines.events.line(f"search of {course.search.shown}, trial {one.number}: {result[ASIDE]}")
             if "failed" in result or result.get("final") or trial.trial_id not in course.running:
                 return TrialScheduler.CONTINUE
             lines.events.learnt(course.folder.name, course.running[trial.trial_id].number, result)
@@ -290,6 +363,9 @@ def _adapters(course: Course, lines: "_Lines") -> tuple:
             return TrialScheduler.STOP if stop else TrialScheduler.CONTINUE
 
     class Clean(Unstored, tune.Callback):
+        def on_step_end(self, iteration, trials, **info):
+            trouble.memory.check()
+
         def on_trial_complete(self, iteration, trials, trial, **info):
             self._remove(trial)
 
@@ -342,8 +418,7 @@ def train(config: dict, *, setting: Setting) -> None:
     from ray import tune
 
     if not sees(setting.marker):
-        _, name = node().split(" ", 1)
-        tune.report({"failed": f"node {name} joined and does not see {setting.marker}: mount its folder there"})
+        tune.report({"failed": f"its node does not see {setting.marker}", BLIND: node()})
         return
     plugin.install(setting.plugins)
     search: Search = pickle.loads(setting.search)

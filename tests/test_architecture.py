@@ -62,6 +62,7 @@ RAY_MODULES = {
     "metrics.pool",
     "embeddings.run",
     "nodes",
+    "memory",
     "process",
     "curves",
     "tuning",

@@ -337,17 +337,28 @@ def test_lost_cells_are_no_failure_of_the_trial(sampled, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_trial_that_is_sent_twice_is_stored_once(sampled, tmp_path):
-    _, outcome = scored(sampled, pr.MeanShift(), CELL[:1])
+def test_a_trial_that_comes_twice_is_stored_once(sampled, tmp_path, monkeypatch):
+    _, outcome = scored(sampled, pr.MeanShift(), [Metric("rmse")])
     item = scoring.Scorable(
-        key="abc", name="n", columns={}, truth="t", predicted=outcome.predicted, stratum=outcome.stratum
+        key="k", name="n", columns={}, truth="t", predicted=outcome.predicted, stratum=outcome.stratum
     )
-    stamps = set()
-    for _ in range(2):
-        scoring.score(item, {"t": sampled[3]}, folder=tmp_path, metrics=[Metric("rmse")])
-        (path,) = tmp_path.iterdir()
-        stamps.add((path.stat().st_ino, path.stat().st_mtime_ns))
-    assert len(stamps) == 1
+    scoring.score(item, {"t": sampled[3]}, folder=tmp_path, metrics=[Metric("rmse")])
+    (before,) = [(path.stat().st_ino, path.stat().st_mtime_ns) for path in tmp_path.iterdir()]
+    other = replace(item, columns={"second": True})
+    scoring.score(other, {"t": sampled[3]}, folder=tmp_path, metrics=[Metric("rmse")])
+    whole = scoring._trial_rows
+
+    def meanwhile(*arguments):
+        """Another scorer stores it while this one scores."""
+        rows = whole(*arguments)
+        table.write_trial(tmp_path, "m", columns={"first": True}, rows=rows)
+        return rows
+
+    monkeypatch.setattr(scoring, "_trial_rows", meanwhile)
+    scoring.score(replace(other, key="m"), {"t": sampled[3]}, folder=tmp_path, metrics=[Metric("rmse")])
+    assert {path.name for path in tmp_path.iterdir()} == {"k.parquet", "m.parquet"}
+    assert before == ((tmp_path / "k.parquet").stat().st_ino, (tmp_path / "k.parquet").stat().st_mtime_ns)
+    assert "second" not in table.read(tmp_path, keys=["m"])
 
 
 def test_an_error_of_a_metric_is_recorded_with_trial_metric_and_condition(sampled, tmp_path, monkeypatch):

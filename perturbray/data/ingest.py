@@ -29,6 +29,7 @@ SHARD_ROWS = 65_536  # at most; two bytes number the rows of a shard
 SHARD_BYTES = 128 * 2**20  # a shard ends at the first DIGEST_ROWS above it
 RECORD = np.dtype([("row", "<u4"), ("gene", "<u4"), ("value", "<f4")])
 COPY, SPILL, SORT, EXAMINE = 32, 80, 56, 64  # bytes held a stored value while it is copied, parted, sorted, examined
+REMEDY = "free some, or set PERTURBRAY_CACHE to a folder with more"
 
 Progress = Callable[[float], None]  # the share that is done, 0 to 1
 
@@ -68,20 +69,21 @@ class Ingested:
 def write(
     spec: DatasetSpec, file: Group, conditions: Conditions, folder: Path, *, limits: Limits, progress: Progress
 ) -> Ingested:
-    """Write the shards of a matrix to a folder. Raises InputError for a matrix that is wrong, and for too little space."""
+    """Write the shards of a matrix to a folder. Raises InputError for a matrix that is wrong, and where there is too little
+    space from the start."""
     node = spec.matrix(file)
     cells, genes = matrix_shape(node)
     copy = _copy_dense if is_array(node) else _copy_columns if matrix.by_columns(node) else _copy_rows
     source = _Source(spec=spec, node=node, cells=cells, genes=genes, folder=folder, limits=limits)
-    with _space(source):
-        shards = copy(source, lambda share: progress(0.6 * share))
-        facts, totals = _examine(source, shards, conditions, lambda share: progress(0.6 + 0.25 * share))
-        normalisation = matrix.decide(spec, facts)
-        for number, shard in enumerate(shards):
-            if normalisation.log1p:
-                _normalise(shard, normalisation, totals[shard.start : shard.stop], limits)
-            shard.close()
-            progress(0.85 + 0.15 * (number + 1) / len(shards))
+    _check_space(source)
+    shards = copy(source, lambda share: progress(0.6 * share))
+    facts, totals = _examine(source, shards, conditions, lambda share: progress(0.6 + 0.25 * share))
+    normalisation = matrix.decide(spec, facts)
+    for number, shard in enumerate(shards):
+        if normalisation.log1p:
+            _normalise(shard, normalisation, totals[shard.start : shard.stop], limits)
+        shard.close()
+        progress(0.85 + 0.15 * (number + 1) / len(shards))
     return Ingested(
         facts=facts,
         normalisation=normalisation,
@@ -188,25 +190,29 @@ def _needed(source: _Source) -> int:
     return stored * (4 + index_type(source.genes).itemsize + spilled) + 8 * source.cells
 
 
-@contextmanager
-def _space(source: _Source) -> Iterator[None]:
-    """Raise InputError in numbers where the disk is too small, before anything is written if that can be known."""
+def _check_space(source: _Source) -> None:
+    """Raise InputError in numbers where the disk is too small, as far as that is known before anything is written."""
     needed, free = _needed(source), shutil.disk_usage(source.folder).free
-    remedy = "free some, or set PERTURBRAY_CACHE to a folder with more"
-    place = source.folder.parent
     if needed > free:
+        place = source.folder.parent
         raise InputError(
-            f"{source.name} needs {needed / 1e9:.2f} GB in {place} and {free / 1e9:.2f} GB are free: {remedy}"
+            f"{source.name} needs {needed / 1e9:.2f} GB in {place} and {free / 1e9:.2f} GB are free: {REMEDY}"
         )
+
+
+@contextmanager
+def space(spec: DatasetSpec, folder: Path) -> Iterator[None]:
+    """Around all that is written to a folder: an InputError in numbers where the disk is full."""
     try:
         yield
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        written = sum(path.stat().st_size for path in source.folder.iterdir())
-        free = shutil.disk_usage(source.folder).free
+        written = sum(path.stat().st_size for path in folder.iterdir())
+        free = shutil.disk_usage(folder).free
         raise InputError(
-            f"{source.name}: {place} is full ({free / 1e9:.2f} GB free) after {written / 1e9:.2f} GB were written: {remedy}"
+            f"{spec.path}: {folder.parent} is full ({free / 1e9:.2f} GB free) after {written / 1e9:.2f} GB were written: "
+            f"{REMEDY}"
         ) from None
 
 

@@ -200,7 +200,7 @@ def ingest(
         _sweep(root)
         before = matrix.stamp(spec)
         begun = time.perf_counter()
-        with _temporary(root, spec) as folder, open_screen(spec.path) as file:
+        with _temporary(root, spec) as folder, open_screen(spec.path) as file, made.space(spec, folder):
             manifest = _write(spec, file, conditions, folder, limits, progress)
             if matrix.stamp(spec) != before:
                 raise InputError(f"{spec.path}: the file was changed while it was read; run again once it is written")

@@ -16,6 +16,8 @@ from perturbray.prediction import LostCellsError
 WAITING = 4  # items that wait in a scorer; a faster trial is held back, so that predictions cannot flood the memory
 WAITING_CELLS = 1  # items with cells, which are heavier by some orders of magnitude
 
+Wait = Callable[[list[ray.ObjectRef]], None]
+
 
 @dataclass(frozen=True)
 class Failed:
@@ -90,12 +92,14 @@ class NoScorerError(RuntimeError):
 class Pool:
     """Scorers by number. Pickles to their handles, so that trials hold it."""
 
-    def __init__(self, actors: Sequence[Any], make: Callable[[int], Any] | None = None) -> None:
+    def __init__(
+        self, actors: Sequence[Any], make: Callable[[int], Any] | None = None, wait: Wait = lambda answers: None
+    ) -> None:
         self.actors = list(actors)
-        self._make = make
+        self._make, self._wait = make, wait
 
     def __getstate__(self) -> dict:
-        return {"actors": self.actors, "_make": None}
+        return {"actors": self.actors, "_make": None, "_wait": None}
 
     @classmethod
     def start(
@@ -106,12 +110,14 @@ class Pool:
         cpus: float,
         waiting: int = WAITING,
         home: Callable[[int], dict] = lambda number: {},
+        wait: Wait = lambda answers: None,
     ) -> "Pool":
         """Start the actors and wait for them: before the trials, or Tune's placement groups would capture them.
 
         ``work(item, *common)`` is done for each item; ``common`` lies in the object store, once for all actors.
         ``waiting``: items that an actor takes before it has worked on the first. ``home``: Ray's options that say where the
-        actor of a number belongs, asked for whenever one is made.
+        actor of a number belongs, asked for whenever one is made. ``wait(answers)`` may raise where no scorer will ever
+        answer, since Ray starts each again for ever.
         """
         options = {"num_cpus": cpus, "runtime_env": {"env_vars": {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}}}
 
@@ -124,8 +130,14 @@ class Pool:
             name = f"scorer-{number}-{uuid.uuid4().hex[:8]}"
             return Scorer.options(name=name, **options, **home(number)).remote(work, references, waiting)
 
-        pool = cls([make(number) for number in range(actors)], make)
-        ray.get([actor.drain.remote() for actor in pool.actors])
+        pool = cls([make(number) for number in range(actors)], make, wait)
+        try:
+            answers = [actor.drain.remote() for actor in pool.actors]
+            wait(answers)
+            ray.get(answers)
+        except BaseException:
+            pool.stop()
+            raise
         return pool
 
     def submit(self, name: str, item: Any, *, turn: int) -> None:
@@ -147,7 +159,9 @@ class Pool:
     def drain(self) -> tuple[list[Failed], int]:
         """Wait for all work; what failed, and how many actors were killed for good, with what they held."""
         failed, dead = [], 0
-        for answer in [actor.drain.remote() for actor in self.actors]:
+        answers = [actor.drain.remote() for actor in self.actors]
+        self._wait(answers)
+        for answer in answers:
             try:
                 failed += ray.get(answer)
             except RayActorError:
@@ -156,9 +170,11 @@ class Pool:
 
     def revive(self) -> None:
         """Put new actors in the place of those that were killed for good."""
-        for i, actor in enumerate(self.actors):
+        answers = [actor.drain.remote() for actor in self.actors]
+        self._wait(answers)
+        for i, answer in enumerate(answers):
             try:
-                ray.get(actor.drain.remote())
+                ray.get(answer)
             except RayActorError:
                 self.actors[i] = self._make(i)
 

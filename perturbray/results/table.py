@@ -29,6 +29,8 @@ from perturbray.errors import InputError
 PLAN = "sweep.json"
 REFERENCE = "reference.parquet"
 FAILED = ".failed.json"
+FULL = (errno.ENOSPC, errno.EDQUOT)
+ROOM = "make room, and the same command goes on"
 PROBE = 2**16  # bytes that must find room; a full disk still takes an empty file
 ANCHORS = "anchors"  # a folder, so that no anchor is taken for a trial
 
@@ -63,26 +65,35 @@ def create(folder: str | Path) -> Path:
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".{uuid.uuid4().hex}.tmp"
-        try:
-            probe.write_bytes(bytes(PROBE))
-        finally:
-            probe.unlink(missing_ok=True)
+        probe(folder)
     except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        way = "make room, and the same command goes on: finished trials are kept" if full else "choose another folder"
+        way = f"{ROOM}: finished trials are kept" if error.errno in FULL else "choose another folder"
         raise InputError(f"{folder}: results cannot be written there ({error.strerror}); {way}") from None
     return folder
 
 
+def probe(folder: Path) -> None:
+    """Write something there and delete it again; raises OSError where that cannot be."""
+    place = folder / f".{uuid.uuid4().hex}.tmp"
+    try:
+        place.write_bytes(bytes(PROBE))
+    finally:
+        place.unlink(missing_ok=True)
+
+
 @contextmanager
 def made(folder: str | Path) -> Iterator[None]:
-    """A results folder, known to be writable before anything is read; taken away again if nothing came into it."""
+    """A results folder, known to be writable before anything is read; taken away again if nothing came into it. Where it
+    fills meanwhile, that is what is raised."""
     folder = Path(folder)
     new = [place for place in (folder, *folder.parents) if not place.exists()]
     try:
         create(folder)
-        yield
+        try:
+            yield
+        except OSError:
+            create(folder)
+            raise
     finally:
         for place in new:
             with suppress(OSError):  # it holds something, so it stays

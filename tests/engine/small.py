@@ -17,9 +17,9 @@ METRICS = (Metric("rmse", "average"), Metric("cosine", "logfc_logmean", rank=Tru
 MODELS = (pr.NoChange(), pr.MeanShift(), pr.LatentAdditive(width=8, latent_dim=4))
 
 
-def sweep(path: Path, models=MODELS, *, seeds: int = 1, metrics=METRICS, **fields) -> pr.Sweep:
+def sweep(path: Path, models=MODELS, *, seeds: int = 1, epochs: int = 2, metrics=METRICS, **fields) -> pr.Sweep:
     spec = DatasetSpec(path=str(path))
-    training = pr.Training(epochs=2)
+    training = pr.Training(epochs=epochs)
     trials = [pr.Trial(dataset=spec, model=m, seed=s, training=training) for s in range(seeds) for m in models]
     return pr.Sweep(name="small", trials=trials, metrics=metrics, **fields)
 

@@ -16,6 +16,7 @@ from perturbray.data.store import ingest
 from perturbray.errors import InputError
 from perturbray.placement import Node
 from perturbray.plan import Plan
+from perturbray.process import BLIND
 from perturbray.results import ledger, table
 from perturbray.search import Halving, Search, Tuned
 from perturbray.space import Choice, LogUniform
@@ -247,3 +248,19 @@ def recorded(file: Path) -> dict:
         found |= {one.key or one.nested_key[-1]: json.loads(one.value_json) for one in updates}
     store.close()
     return found
+
+
+def test_a_node_that_joined_and_does_not_see_the_folder_fails_no_trial_and_ends_the_round(small_screen, tmp_path):
+    asked = search(small_screen)
+    course, record = Course(asked, tmp_path / ledger.FOLDER, "content"), small.Record()
+    trouble = tuning.Trouble(memory=None)
+    proposals, *_ = tuning._adapters(course, tuning._Lines(course, record), trouble)
+    values = proposals.suggest("one")["values"]
+    proposals.on_trial_complete("one", {"failed": "its node does not see the folder", BLIND: "abc late-node"})
+    assert trouble.blind == {"abc": "late-node"}
+    assert [line for line in record.lines if line.startswith("node late-node joined and does not see ")]
+    assert not course.records
+    assert not course.running
+    assert proposals.suggest("two") == proposals.FINISHED, "or it would come to that node again, for ever"
+    trouble.again = False  # the next round, which avoids it
+    assert proposals.suggest("three")["values"] == values

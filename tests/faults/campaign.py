@@ -1,10 +1,11 @@
 """Random kills of driver, trial process, scorer and node over sweeps of cheap trials: nothing finished is lost or run twice.
 
-    python tests/faults/campaign.py --kills 100 --seed 0 [--minutes M] [--json FILE]
+    python tests/faults/campaign.py --kills 100 --seed 0 [--where hosts] [--minutes M] [--json FILE]
 
-The cluster is ``ray.cluster_utils.Cluster``: a head that lends nothing and two workers, real processes of this machine. A
-driver that is killed leaves it alive, and the same command is started again, as a person would. The seed decides what is
-killed and after which wait; what that meets is up to the machine.
+The cluster is a head that lends nothing and two workers, real processes of this machine: of ``ray.cluster_utils.Cluster``,
+or with ``--where hosts`` of two pretend hosts, each with a network and processes of its own, with the head and a worker on
+the first and the other worker on the second. A driver that is killed leaves the cluster alive, and the same command is
+started again, as a person would. The seed decides what is killed and after which wait; what that meets is up to the machine.
 """
 
 import argparse
@@ -22,14 +23,18 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import IO
 
 ROOT = Path(__file__).parents[2]
 KINDS = ("driver", "worker", "scorer", "node")
 TITLES = {"worker": "ray::trial ", "scorer": "ray::Scorer"}
+PLACES = ("machine", "hosts")
+STORE_MB = 100  # of a node
+PASSED = ("OMP_NUM_THREADS", "RAY_AIR_NEW_OUTPUT", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO")  # to processes on hosts
 PAUSE = 0.3, 2.5  # seconds between two kills, beside those that it takes to come back
 TRIALS = 24  # of a sweep
 CALM = 0.7  # share of kills that wait until a trial has ended since the last; the others come on top of one another
@@ -118,11 +123,19 @@ class Nodes:
         self.workers = [self._add() for _ in range(2)]
 
     def _add(self):
-        return self.cluster.add_node(num_cpus=1, num_gpus=0, object_store_memory=100 * 2**20)
+        return self.cluster.add_node(num_cpus=1, num_gpus=0, object_store_memory=STORE_MB * 2**20)
 
     @property
     def address(self) -> str:
         return self.cluster.address
+
+    def drive(self, words: list[str], log: IO[str]) -> subprocess.Popen:
+        """Start a driver on the head."""
+        return subprocess.Popen(words, stdout=log, stderr=log, start_new_session=True)
+
+    def kill(self, driver: subprocess.Popen) -> None:
+        driver.kill()
+        driver.wait()
 
     def replace(self, which: int) -> None:
         """A node vanishes, and a new one joins."""
@@ -135,6 +148,70 @@ class Nodes:
 
     def close(self) -> None:
         self.cluster.shutdown()
+
+
+class Hosts:
+    """The same on two pretend hosts, whose processes this machine sees too. Both see the folder."""
+
+    def __init__(self, folder: Path) -> None:
+        sys.path.append(str(ROOT / "tests" / "hosts"))
+        import pretend
+        from started import Started
+
+        if reason := pretend.impossible():
+            sys.exit(reason)
+        self._open = ExitStack()
+        own = Path(self._open.enter_context(tempfile.TemporaryDirectory(prefix="perturbray-hosts-")))
+        self.hosts = self._open.enter_context(pretend.hosts(own, visible=[folder, ROOT]))
+        passed = {name: os.environ[name] for name in PASSED}
+        self.ray = Started(self.hosts, folder, passed, os.environ["RAY_AUTH_TOKEN"])
+        try:
+            self.ray.head(cpus=0, store_mb=STORE_MB)
+            # Each worker by its host and the number of its raylet: with the head's there are two on the first.
+            self.workers = [self._add(host) for host in self.hosts]
+        except BaseException:
+            self.close()
+            raise
+
+    def _add(self, host: "Host") -> tuple["Host", int]:  # noqa: F821
+        before = self._raylets(host)
+        agent = ["--min-worker-port=0", "--max-worker-port=0", f"--dashboard-agent-listen-port={free_port()}"]
+        self.ray.worker(cpus=1, store_mb=STORE_MB, host=host, words=[*agent, "--num-gpus=0"])
+        (raylet,) = self._raylets(host) - before
+        return host, raylet
+
+    def _raylets(self, host: "Host") -> set[int]:  # noqa: F821
+        return {number for number in family(host.number) if Path(title(number).partition(" ")[0]).name == "raylet"}
+
+    @property
+    def address(self) -> str:
+        return self.ray.address
+
+    def drive(self, words: list[str], log: IO[str]) -> subprocess.Popen:
+        words = self.ray.through(words)
+        return subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
+
+    def kill(self, driver: subprocess.Popen) -> None:
+        """It, and not the SSH that waits for it here."""
+        there = [number for number in family(self.hosts.a.number) if title(number).startswith(f"{sys.executable} ")]
+        for number in there:
+            if " --drive " in title(number):
+                os.kill(number, signal.SIGKILL)
+        driver.kill()
+        driver.wait()
+
+    def replace(self, which: int) -> None:
+        """A raylet is killed, with which Ray's other processes of that node end, and Ray is started again on its host."""
+        host, raylet = self.workers.pop(which)
+        os.kill(raylet, signal.SIGKILL)
+        self.workers.append(self._add(host))
+
+    def processes(self, kind: str) -> list[int]:
+        there = [number for host in self.hosts for number in family(host.number)]
+        return [number for number in there if title(number).startswith(TITLES[kind])]
+
+    def close(self) -> None:
+        self._open.close()
 
 
 def free_port() -> int:
@@ -165,13 +242,13 @@ def title(process: int) -> str:
 class Run:
     """One sweep in a folder of its own, run by as many drivers as it takes."""
 
-    def __init__(self, folder: Path, screen: Path, address: str, tally: Tally) -> None:
-        self.folder, self.tally, self.results = folder, tally, folder / "results"
+    def __init__(self, folder: Path, screen: Path, nodes: Nodes | Hosts, tally: Tally) -> None:
+        self.folder, self.nodes, self.tally, self.results = folder, nodes, tally, folder / "results"
         folder.mkdir(parents=True)
         self.notes = folder / "begun.txt"
         self.notes.touch()
         (folder / "sleeper.py").write_text(SLEEPER % str(self.notes))
-        self.words = [sys.executable, __file__, "--drive", *map(str, (folder, screen, address))]
+        self.words = [sys.executable, __file__, "--drive", *map(str, (folder, screen, nodes.address))]
         self.known: dict[str, tuple[int, int]] = {}  # finished trials' files as they were first seen
         self.changed: set[str] = set()
         self.idle = 0  # drivers in a row that brought nothing
@@ -181,8 +258,13 @@ class Run:
 
     def start(self) -> None:
         with open(self.folder / "driver.log", "a") as log:
-            self.process = subprocess.Popen(self.words, stdout=log, stderr=log, start_new_session=True)
+            self.process, self.killed = self.nodes.drive(self.words, log), False
         self.tally.drivers += 1
+
+    def kill(self) -> None:
+        """Its driver, at once."""
+        self.nodes.kill(self.process)
+        self.killed = True
 
     def look(self) -> None:
         """Compare what is stored with what was; raise where nothing moves any more."""
@@ -208,7 +290,7 @@ class Run:
             return False
         if self.process.returncode == 0:
             return True
-        if self.process.returncode != -signal.SIGKILL:
+        if not self.killed:
             self.idle += 1
             self.tally.gave_up.append(self.log().strip().splitlines()[-1])
             if self.idle >= GIVE_UPS:
@@ -273,7 +355,13 @@ def drive(folder: str, screen: str, address: str) -> int:
 
 
 def campaign(
-    kills: int, seed: int, folder: Path, *, minutes: float = math.inf, say: Callable[[str], None] = lambda text: None
+    kills: int,
+    seed: int,
+    folder: Path,
+    *,
+    where: str = PLACES[0],
+    minutes: float = math.inf,
+    say: Callable[[str], None] = lambda text: None,
 ) -> Tally:
     """So many kills, as many of each kind as of any other, in a random order; then the last sweep ends undisturbed.
 
@@ -287,7 +375,7 @@ def campaign(
     plans = [(kind, rng.uniform(*PAUSE), rng.random(), rng.random() < CALM) for kind in order]
     screen = synthetic.write(folder / "screen.h5ad", synthetic.Screen.small())
     tally, began = Tally(), time.monotonic()
-    nodes, run = Nodes(), None
+    nodes, run = Hosts(folder) if where == "hosts" else Nodes(), None
     try:
         for number, (kind, pause, which, calm) in enumerate(plans):
             time.sleep(pause)
@@ -299,7 +387,7 @@ def campaign(
                 if run is None or run.over():
                     if run is not None:
                         run.end()
-                    run, before = Run(folder / f"sweep-{tally.sweeps}", screen, nodes.address, tally), calm - 1
+                    run, before = Run(folder / f"sweep-{tally.sweeps}", screen, nodes, tally), calm - 1
                 if len(run.known) > before and (victim := kill(kind, which, nodes, run)):
                     break
                 time.sleep(0.1)
@@ -312,20 +400,18 @@ def campaign(
             run.end()
     finally:
         if run is not None and run.process.poll() is None:
-            run.process.kill()
-            run.process.wait()
+            run.kill()
         nodes.close()
     tally.seconds = time.monotonic() - began
     return tally
 
 
-def kill(kind: str, which: float, nodes: Nodes, run: Run) -> str:
+def kill(kind: str, which: float, nodes: Nodes | Hosts, run: Run) -> str:
     """Kill one of a kind while a sweep runs trials; what it was, empty where there is none."""
     if run.process.poll() is not None or not nodes.processes("worker"):
         return ""  # a driver that only begins has nothing to lose
     if kind == "driver":
-        run.process.kill()
-        run.process.wait()
+        run.kill()
         return str(run.process.pid)
     if kind == "node":
         name = int(which * len(nodes.workers))
@@ -362,6 +448,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--where", choices=PLACES, default=PLACES[0], help="hosts: two pretend ones, which need root")
     parser.add_argument("--minutes", type=float, default=math.inf, help="no kill after so many (default: no limit)")
     parser.add_argument("--json", type=Path, help="where to store the counts")
     parser.add_argument("--keep", type=Path, help="a folder for the sweeps and their logs, which is kept")
@@ -369,13 +456,13 @@ def main() -> int:
     asked = parser.parse_args()
     if asked.drive:
         return drive(*asked.drive)
-    folder = asked.keep or Path(tempfile.mkdtemp(prefix="perturbray-campaign-"))
+    folder = asked.keep.resolve() if asked.keep else Path(tempfile.mkdtemp(prefix="perturbray-campaign-"))
     folder.mkdir(parents=True, exist_ok=True)
     prepare(folder / "cache")
     os.environ["RAY_TMPDIR"] = tempfile.mkdtemp(prefix="c", dir="/tmp")  # short: sockets lie in it
     try:
         say = partial(print, flush=True)
-        tally = campaign(asked.kills, asked.seed, folder, minutes=asked.minutes, say=say)
+        tally = campaign(asked.kills, asked.seed, folder, where=asked.where, minutes=asked.minutes, say=say)
     finally:
         shutil.rmtree(os.environ["RAY_TMPDIR"], ignore_errors=True)
         if not asked.keep:

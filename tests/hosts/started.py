@@ -3,7 +3,7 @@
 import secrets
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -30,9 +30,9 @@ class Started:
         """Ray on host a."""
         self._start(self.hosts.a, ["--head", f"--port={PORT}", "--include-dashboard=false"], cpus, store_mb)
 
-    def worker(self, *, cpus: int, store_mb: int) -> None:
-        """Ray on host b, which joins."""
-        self._start(self.hosts.b, [f"--address={self.address}"], cpus, store_mb)
+    def worker(self, *, cpus: int, store_mb: int, host: Host | None = None, words: Sequence[str] = ()) -> None:
+        """Ray on host b, or another one, which joins; further words of `ray start`."""
+        self._start(host or self.hosts.b, [f"--address={self.address}", *words], cpus, store_mb)
 
     def through(self, words: list[str]) -> list[str]:
         """The command that runs another one on host a."""
