@@ -64,13 +64,13 @@ class Line:
 class Steps:
     """Some values: places 0, 1, 2, ...; kernels that reach to all of them, to neighbours more where these are alike."""
 
-    def __init__(self, kind: Choice | QUniform, width: float, scale: float) -> None:
+    def __init__(self, kind: Choice | QUniform, width: float) -> None:
         self.values, number = kind.values, len(kind.values)
         if number > 2 and (isinstance(kind, QUniform) or kind.ordered):
             apart = np.subtract.outer(np.arange(number), np.arange(number))
-            table = np.exp(-0.5 * (apart / max(width * (number - 1), scale * LEAST_STEPS)) ** 2)
+            table = np.exp(-0.5 * (apart / max(width * (number - 1), LEAST_STEPS)) ** 2)
         else:
-            table = np.eye(number) + scale * OTHERS / number
+            table = np.eye(number) + OTHERS / number
         self.table = table / table.sum(axis=1, keepdims=True)
 
     def place(self, value: Value) -> int:
@@ -94,12 +94,12 @@ class Steps:
 class Parzen:
     """Kernels on known configurations, and a uniform one beside them that weighs as much as one of theirs."""
 
-    def __init__(self, space: Space, known: Sequence[Values], *, scale: float = 1.0) -> None:
+    def __init__(self, space: Space, known: Sequence[Values]) -> None:
         self.space, self.known, self.order = space, list(known), roots_first(space)
-        width = scale * WIDTH * max(len(known), 1) ** (-1 / (len(space) + 4))
+        width = WIDTH * max(len(known), 1) ** (-1 / (len(space) + 4))
         kinds = {path: distribution(space, path) for path in space}
         self.axes = {
-            path: Steps(kind, width, scale) if isinstance(kind, Choice | QUniform) else Line(kind, width) for path, kind in kinds.items()
+            path: (Steps if isinstance(kind, Choice | QUniform) else Line)(kind, width) for path, kind in kinds.items()
         }
 
     def draw(self, rng: np.random.Generator) -> Values:

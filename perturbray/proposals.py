@@ -33,11 +33,10 @@ from perturbray.space import distribution as distribution_of
 
 STARTUP = 10  # configurations drawn at random before TPE has something to learn from
 GOOD, MOST_GOOD = 0.2, 25  # of the known configurations TPE takes the best fifth for good ones, and no more than 25
-# Of the kernels on the other configurations, from trial to trial in turn: narrow ones lead to the optimum of a smooth loss,
-# wide ones out of a region that is only nearly the best.
-OTHERS = 1.0, 0.5
-GAMMA = 1.0  # HyperOpt's takes the best GAMMA * sqrt(n) of n
-CANDIDATES = 24  # draws from the good ones, of which TPE takes the most promising
+CANDIDATES = (
+    8  # draws from the good ones, of which TPE takes the most promising: of many more it is always one of their kind
+)
+GAMMA, HYPEROPT_CANDIDATES = 1.0, 24  # HyperOpt's takes the best GAMMA * sqrt(n) of n
 TRIES = 50  # proposals in a row that were made before: then there is nothing left to try
 
 
@@ -89,8 +88,7 @@ def _tpe(space: Space, seen: Sequence[Seen], seed: int, number: int, startup: in
         return
     ranked = sorted(inside, key=lambda one: math.inf if one.loss is None else one.loss)
     split = min(math.ceil(GOOD * len(ranked)), MOST_GOOD)
-    good = Parzen(space, [one.values for one in ranked[:split]])
-    others = Parzen(space, [one.values for one in ranked[split:]], scale=OTHERS[number % len(OTHERS)])
+    good, others = (Parzen(space, [one.values for one in part]) for part in (ranked[:split], ranked[split:]))
     for attempt in range(TRIES):
         rng = generator(seed, "propose", number, attempt)
         drawn = [good.draw(rng) for _ in range(CANDIDATES)]
@@ -116,7 +114,7 @@ def _hyperopt(space: Space, seen: Sequence[Seen], seed: int, number: int, startu
             trials,
             derive(seed, "propose", number, attempt) % 2**31,
             n_startup_jobs=0,
-            n_EI_candidates=CANDIDATES,
+            n_EI_candidates=HYPEROPT_CANDIDATES,
             gamma=GAMMA,
             verbose=False,
         )
