@@ -12,6 +12,7 @@ from itertools import count
 
 import numpy as np
 
+from perturbray.parzen import Parzen
 from perturbray.randomness import derive, generator
 from perturbray.space import (
     Choice,
@@ -31,8 +32,11 @@ from perturbray.space import (
 from perturbray.space import distribution as distribution_of
 
 STARTUP = 10  # configurations drawn at random before TPE has something to learn from
-GAMMA = 1.0  # TPE takes the best GAMMA * sqrt(n) of n known configurations for good ones
-CANDIDATES = 24  # draws from the good ones, of which TPE takes the most promising
+GOOD, MOST_GOOD = 0.2, 25  # of the known configurations TPE takes the best fifth for good ones, and no more than 25
+CANDIDATES = (
+    8  # draws from the good ones, of which TPE takes the most promising: of many more it is always one of their kind
+)
+GAMMA, HYPEROPT_CANDIDATES = 1.0, 24  # HyperOpt's takes the best GAMMA * sqrt(n) of n
 TRIES = 50  # proposals in a row that were made before: then there is nothing left to try
 
 
@@ -75,7 +79,25 @@ def _grid(space: Space, seen: Sequence[Seen], seed: int, number: int, startup: i
 
 
 def _tpe(space: Space, seen: Sequence[Seen], seed: int, number: int, startup: int):
-    """The tree of Parzen estimators of HyperOpt (Bergstra et al., NeurIPS 2011)."""
+    """A tree of Parzen estimators over all hyperparameters at once: what is likely among good configurations and not among
+    the others. One by one, as HyperOpt's has them, good values of each are proposed that were never good together, and a
+    search stays where it began."""
+    inside = [one for one in seen if holds(space, one.values)]  # a point to try first may lie outside
+    if len(inside) < startup:
+        yield from _random(space, seen, seed, number, startup)
+        return
+    ranked = sorted(inside, key=lambda one: math.inf if one.loss is None else one.loss)
+    split = min(math.ceil(GOOD * len(ranked)), MOST_GOOD)
+    good, others = (Parzen(space, [one.values for one in part]) for part in (ranked[:split], ranked[split:]))
+    for attempt in range(TRIES):
+        rng = generator(seed, "propose", number, attempt)
+        drawn = [good.draw(rng) for _ in range(CANDIDATES)]
+        promise = good.log(drawn) - others.log(drawn)
+        yield from (drawn[i] for i in np.argsort(-promise, kind="stable"))
+
+
+def _hyperopt(space: Space, seen: Sequence[Seen], seed: int, number: int, startup: int):
+    """The tree of Parzen estimators of HyperOpt (Bergstra et al., NeurIPS 2011), each hyperparameter by itself."""
     inside = [one for one in seen if holds(space, one.values)]  # a point to try first may lie outside
     if len(inside) < startup:
         yield from _random(space, seen, seed, number, startup)
@@ -92,7 +114,7 @@ def _tpe(space: Space, seen: Sequence[Seen], seed: int, number: int, startup: in
             trials,
             derive(seed, "propose", number, attempt) % 2**31,
             n_startup_jobs=0,
-            n_EI_candidates=CANDIDATES,
+            n_EI_candidates=HYPEROPT_CANDIDATES,
             gamma=GAMMA,
             verbose=False,
         )
@@ -100,7 +122,7 @@ def _tpe(space: Space, seen: Sequence[Seen], seed: int, number: int, startup: in
         yield _values(space, {path: found[0] for path, found in raw.items() if len(found)})
 
 
-WAYS: dict[str, Callable] = {"tpe": _tpe, "random": _random, "grid": _grid}
+WAYS: dict[str, Callable] = {"tpe": _tpe, "hyperopt": _hyperopt, "random": _random, "grid": _grid}
 
 
 def _expression(space: Space) -> dict:

@@ -129,7 +129,7 @@ class Search:
     space: Space
     samples: int = 60
     objective: Objective = PAPER
-    way: str = "tpe"  # tpe | random | grid
+    way: str = "tpe"  # tpe | hyperopt | random | grid
     halving: Halving | None = field(default_factory=Halving)  # None: only what training itself does stops a trial
     first: tuple[Values, ...] = ()  # configurations to try before any other, also outside of the space
     every: int = 1  # epochs between two looks at the validation conditions

@@ -20,7 +20,7 @@ OPTIONS = {
     "samples": (60, "configurations to try"),
     "space": ("small", "small or published"),
     "objective": (OBJECTIVE, "what is minimised, a weighted sum of metrics; taken negative where higher is better"),
-    "way": ("tpe", "how to propose: tpe, random or grid"),
+    "way": ("tpe", "how to propose: tpe, hyperopt, random or grid"),
     "first": ("", "try the best published configuration on this dataset first, e.g. srivatsan20"),
     "search_seed": (0, "of the proposals"),
     "seeds": (5, "with which the best configuration is judged"),
