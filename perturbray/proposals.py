@@ -33,9 +33,9 @@ from perturbray.space import distribution as distribution_of
 
 STARTUP = 10  # configurations drawn at random before TPE has something to learn from
 GOOD, MOST_GOOD = 0.2, 25  # of the known configurations TPE takes the best fifth for good ones, and no more than 25
-CANDIDATES = (
-    8  # draws from the good ones, of which TPE takes the most promising: of many more it is always one of their kind
-)
+# Draws from the good ones, of which TPE takes the most promising, from trial to trial in turn. Of many it is always one of
+# their kind, so every fourth trial takes its draw as it comes, and no region holds a search for good.
+CANDIDATES = 24, 24, 24, 1
 GAMMA, HYPEROPT_CANDIDATES = 1.0, 24  # HyperOpt's takes the best GAMMA * sqrt(n) of n
 TRIES = 50  # proposals in a row that were made before: then there is nothing left to try
 
@@ -91,7 +91,7 @@ def _tpe(space: Space, seen: Sequence[Seen], seed: int, number: int, startup: in
     good, others = (Parzen(space, [one.values for one in part]) for part in (ranked[:split], ranked[split:]))
     for attempt in range(TRIES):
         rng = generator(seed, "propose", number, attempt)
-        drawn = [good.draw(rng) for _ in range(CANDIDATES)]
+        drawn = [good.draw(rng) for _ in range(CANDIDATES[number % len(CANDIDATES)])]
         promise = good.log(drawn) - others.log(drawn)
         yield from (drawn[i] for i in np.argsort(-promise, kind="stable"))
 

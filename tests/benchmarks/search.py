@@ -175,8 +175,9 @@ class Repeat:
 
     def needed(self, way: str, targets: dict[str, float], limit: int) -> dict[str, int]:
         """The epochs that a way spends until each target."""
-        meter, run = self.meter, self.way
-        if way != "perturbench":
+        if way == "perturbench":
+            meter, run = self.meter, self.way
+        else:
             meter = Meter()
             run = trials(way, self.bench, meter, self.python)
         meter.last, meter.limit = min(targets.values()), limit
@@ -191,12 +192,17 @@ class Repeat:
 def main() -> None:
     flags = parser(__doc__, list(WAYS))
     flags.add_argument("--repeats", type=int, default=10, help="each with its own seed (default: 10)")
+    flags.add_argument(
+        "--targets",
+        metavar="HALF,WHOLE,LIMIT",
+        help="objectives and epochs as an earlier run printed them: `perturbench`, most of the work, is not run again",
+    )
     flags.add_argument("--screen", choices=SCREENS, default="default", help="small: 2,000 cells instead of 12,000")
     arguments = flags.parse_args()
     torch.set_num_threads(1)
     python = None if arguments.no_peers else OPTUNA.interpreter()
     others = [way for way in WAYS[1:] if way in arguments.only and (way != "optuna" or python is not None)]
-    ways = ["perturbench", *others]
+    ways = others if arguments.targets else ["perturbench", *others]
     quick = arguments.quick
     count, samples, epochs = (1, 6, 4) if quick else (arguments.repeats, 60, 60)
     report, spent = Report(), {way: [] for way in ways}
@@ -207,13 +213,17 @@ def main() -> None:
         repeats = [
             Repeat(number, replace(bench, search=replace(bench.search, seed=number)), python) for number in range(count)
         ]
-        for one in repeats:
-            one.begin(samples)
-        targets = {
-            "half": statistics.median(one.after[samples // 2 - 1] for one in repeats),
-            "whole": statistics.median(one.after[-1] for one in repeats),
-        }
-        limit = 2 * sum(one.meter.epochs for one in repeats) // count
+        if arguments.targets:
+            half, whole, most = arguments.targets.split(",")
+            targets, limit = {"half": float(half), "whole": float(whole)}, int(most)
+        else:
+            for one in repeats:
+                one.begin(samples)
+            targets = {
+                "half": statistics.median(one.after[samples // 2 - 1] for one in repeats),
+                "whole": statistics.median(one.after[-1] for one in repeats),
+            }
+            limit = 2 * sum(one.meter.epochs for one in repeats) // count
         for name, target in targets.items():
             report.figure(f"target_{name}", target)
         report.figure("limit_epochs", limit)
