@@ -22,14 +22,6 @@ LOCAL = ROOT / "sweeps" / "clusters" / "local.yaml"
 DASHBOARD = 8265
 TRIES = 4  # of `ray up`
 JOINS = 300  # seconds in which a worker comes; half a minute where the machine is idle
-# Ray waits longer before it takes a silent process for dead: 15 s of health checks, 30 s of heartbeats until a worker is
-# started again, 60 s until a worker without a head gives up.
-SOON = {
-    "RAY_health_check_period_ms": 1000,
-    "AUTOSCALER_UPDATE_INTERVAL_S": 2,
-    "AUTOSCALER_HEARTBEAT_TIMEOUT_S": 15,
-    "RAY_gcs_rpc_server_reconnect_timeout_s": 20,
-}
 
 
 @dataclass
@@ -143,10 +135,7 @@ def launch(
     for role in ("head", "worker"):
         commands = config[f"{role}_start_ray_commands"]
         size = f" --num-cpus={cpus} --object-store-memory={store_mb * 10**6}"  # both hosts have all of this machine
-        soon = " ".join(f"{name}={value}" for name, value in SOON.items())
-        config[f"{role}_start_ray_commands"] = [
-            c.replace(" ray start ", f" {soon} ray start ") + size * (" ray start " in c) for c in commands
-        ]
+        config[f"{role}_start_ray_commands"] = [c + size * (" ray start " in c) for c in commands]
     change(config)
     place = hosts.folder / "local.yaml"
     place.write_text(yaml.safe_dump(config, sort_keys=False, width=1000))
