@@ -33,9 +33,8 @@ from perturbray.space import distribution as distribution_of
 
 STARTUP = 10  # configurations drawn at random before TPE has something to learn from
 GOOD, MOST_GOOD = 0.2, 25  # of the known configurations TPE takes the best fifth for good ones, and no more than 25
-# Draws from the good ones, of which TPE takes the most promising, from trial to trial in turn. Of many it is always one of
-# their kind, so every fourth trial takes its draw as it comes, and no region holds a search for good.
-CANDIDATES = 24, 24, 24, 1
+CANDIDATES = 24  # draws from the good ones, of which TPE takes the most promising
+STALE = 10  # trials without a better one, after which every other proposal is one draw as it comes
 GAMMA, HYPEROPT_CANDIDATES = 1.0, 24  # HyperOpt's takes the best GAMMA * sqrt(n) of n
 TRIES = 50  # proposals in a row that were made before: then there is nothing left to try
 
@@ -89,9 +88,13 @@ def _tpe(space: Space, seen: Sequence[Seen], seed: int, number: int, startup: in
     ranked = sorted(inside, key=lambda one: math.inf if one.loss is None else one.loss)
     split = min(math.ceil(GOOD * len(ranked)), MOST_GOOD)
     good, others = (Parzen(space, [one.values for one in part]) for part in (ranked[:split], ranked[split:]))
+    losses = [math.inf if one.loss is None else one.loss for one in inside]
+    stale = len(losses) - 1 - losses.index(min(losses)) >= STALE
+    # Of many the most promising is always one of their kind: alone it would hold a search in a region that is nearly best.
+    draws = 1 if stale and number % 2 else CANDIDATES
     for attempt in range(TRIES):
         rng = generator(seed, "propose", number, attempt)
-        drawn = [good.draw(rng) for _ in range(CANDIDATES[number % len(CANDIDATES)])]
+        drawn = [good.draw(rng) for _ in range(draws)]
         promise = good.log(drawn) - others.log(drawn)
         yield from (drawn[i] for i in np.argsort(-promise, kind="stable"))
 
